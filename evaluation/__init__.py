@@ -1,0 +1,1 @@
+"""Gate sets, metrics, gates and the signed verdict on a candidate."""

@@ -1,0 +1,1 @@
+"""From a Kafka topic to versioned blocks: parse, validate, seal, commit."""

@@ -1,0 +1,1 @@
+"""One differentially private LoRA round: blocks in, one adapter out."""

@@ -1,0 +1,1 @@
+"""Mechanisms, accounting, the ledger that cannot be overspent, receipts and the audit."""

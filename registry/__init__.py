@@ -1,0 +1,1 @@
+"""Model versions in MLflow, the promotion guard and the signed history of approvals."""

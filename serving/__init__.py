@@ -1,0 +1,1 @@
+"""Engines, the hot swap and the OpenAI-compatible API."""

@@ -1,0 +1,1 @@
+"""The application: configuration, workspace, the cycle from block to live version, scheduler and CLI."""
