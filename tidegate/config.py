@@ -1,0 +1,309 @@
+"""Settings: `params.yaml`, then the environment; typed and checked as a whole before anything runs.
+
+Precedence, lowest first: built-in default, `params.yaml`, an environment variable `TIDEGATE__SECTION__KEY`
+(stream names in capitals with `-` written `_`). Secrets are never in the file: see :func:`read_secret`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tidegate.errors import ConfigError
+
+ENV_PREFIX = "TIDEGATE__"
+STREAM_NAME = re.compile(r"[a-z][a-z0-9-]{0,40}\Z")
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BrokerSettings(_Section):
+    """Where Kafka is. `embedded` starts a broker inside the workspace, for one machine."""
+
+    bootstrap: str = "embedded"
+    port: Port = 9092
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
+    sasl_username: str | None = None
+    ssl_cafile: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+
+
+class MlflowSettings(_Section):
+    """Where the model registry is. `embedded` starts MLflow with the promotion guard in the workspace."""
+
+    uri: str = "embedded"
+    host: str = "127.0.0.1"
+    port: Port = 5000
+
+
+class LedgerSettings(_Section):
+    """Where the privacy ledger is: `embedded` is SQLite in the workspace, else an SQLAlchemy URL."""
+
+    url: str = "embedded"
+
+
+class DataSettings(_Section):
+    """Where DVC pushes blocks: `embedded` is a folder of the workspace, else a DVC remote URL."""
+
+    remote: str = "embedded"
+
+
+class KeySettings(_Section):
+    """Folder of the signing and split keys, relative to the workspace unless absolute."""
+
+    directory: str = "keys"
+
+
+class ApiSettings(_Section):
+    """Address of the OpenAI-compatible API."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8080
+
+
+class ServiceSettings(_Section):
+    """What all streams of a workspace share."""
+
+    broker: BrokerSettings = BrokerSettings()
+    mlflow: MlflowSettings = MlflowSettings()
+    ledger: LedgerSettings = LedgerSettings()
+    data: DataSettings = DataSettings()
+    keys: KeySettings = KeySettings()
+    api: ApiSettings = ApiSettings()
+    threads: Annotated[int, Field(ge=1, le=256)] = 2
+
+
+class IngestSettings(_Section):
+    """What a record may be, and when a block is sealed (by offsets or by clock, never by accepted count)."""
+
+    domains: Annotated[tuple[str, ...], Field(min_length=1)]
+    labels: tuple[str, ...] = ()
+    prompt_chars_max: Annotated[int, Field(ge=1, le=1_000_000)] = 2000
+    completion_chars_max: Annotated[int, Field(ge=1, le=1_000_000)] = 400
+    block_offsets: Annotated[int, Field(ge=1, le=10_000_000)] = 1000
+    block_seconds: Annotated[float, Field(gt=0, le=604_800)] = 300.0
+    records_per_user_max: Annotated[int, Field(ge=1)] = 32
+
+
+class PrivacySettings(_Section):
+    """The policy frozen with each block when it is sealed."""
+
+    unit: Literal["record", "user"] = "record"
+    epsilon: Annotated[float, Field(gt=0, le=50)] = 8.0
+    delta: Annotated[float, Field(gt=0, lt=0.01)] = 1e-5
+    attempts: Annotated[int, Field(ge=1, le=20)] = 3
+    replay_share: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    holdout_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+
+class LoraConfig(_Section):
+    """peft's LoRA settings; `layers` counts from the top (0: all)."""
+
+    r: Annotated[int, Field(ge=1, le=512)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    layers: Annotated[int, Field(ge=0)] = 6
+
+
+class LearnerSettings(_Section):
+    """One round's mathematics, and when rounds run."""
+
+    schedule_seconds: Annotated[float, Field(gt=0)] = 600.0
+    expected_batch: Annotated[int, Field(ge=1)] = 384
+    steps: Annotated[int, Field(ge=1, le=100_000)] = 30
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    sampling_rate_max: Annotated[float, Field(gt=0, le=1)] = 0.5
+    replay_rate: Annotated[float, Field(ge=0, le=1)] = 0.25
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_tokens: Annotated[int, Field(ge=8)] = 256
+    system: str | None = None
+    waiting: Literal["hold", "supersede"] = "hold"
+    checkpoint_steps: Annotated[int, Field(ge=1)] = 5
+    lora: LoraConfig = LoraConfig()
+
+
+class EvaluationSettings(_Section):
+    """The public gate set and what a candidate must show on it."""
+
+    gate_set: str
+    samples_min: Annotated[int, Field(ge=1)] = 100
+    samples_per_domain_min: Annotated[int, Field(ge=1)] = 20
+    accuracy_min: Annotated[float, Field(ge=0, le=1)] = 0.0
+    better_than_base_p_max: Annotated[float, Field(gt=0, le=1)] = 0.01
+    forgetting_points_max: Annotated[float, Field(ge=0, le=100)] = 3.0
+    forgetting_p_max: Annotated[float, Field(gt=0, le=1)] = 0.05
+
+
+class RegistrySettings(_Section):
+    """The registered model's name in MLflow; empty: the stream's name."""
+
+    model: str = ""
+
+
+class ServingSettings(_Section):
+    """How answers are made."""
+
+    poll_seconds: Annotated[float, Field(gt=0, le=60)] = 0.5
+    batch_max: Annotated[int, Field(ge=1, le=512)] = 16
+    queue_max: Annotated[int, Field(ge=1)] = 256
+    max_tokens: Annotated[int, Field(ge=1)] = 256
+
+
+class StreamSettings(_Section):
+    """One adapter's world."""
+
+    topic: str
+    base: str = "smollm2-135m"
+    ingest: IngestSettings
+    privacy: PrivacySettings = PrivacySettings()
+    learner: LearnerSettings = LearnerSettings()
+    evaluation: EvaluationSettings
+    registry: RegistrySettings = RegistrySettings()
+    serving: ServingSettings = ServingSettings()
+
+
+class Settings(_Section):
+    """Everything in `params.yaml`."""
+
+    service: ServiceSettings = ServiceSettings()
+    streams: Annotated[dict[str, StreamSettings], Field(min_length=1)]
+
+    @field_validator("streams")
+    @classmethod
+    def _names(cls, streams: dict[str, StreamSettings]) -> dict[str, StreamSettings]:
+        for name in streams:
+            if not STREAM_NAME.match(name):
+                raise ValueError(f"stream name {name!r}: must match [a-z][a-z0-9-]*, at most 41 characters")
+        return streams
+
+    @model_validator(mode="after")
+    def _batch_fits(self) -> Settings:
+        models = [s.registry.model or name for name, s in self.streams.items()]
+        if len(set(models)) != len(models):
+            raise ValueError("two streams share one registered model; give each its own registry.model")
+        return self
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Settings with, for every leaf, where its value came from (`default`, `params.yaml`, a variable's name)."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+
+
+def _leaves(value: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, Mapping) and value:
+        return [leaf for key, child in value.items() for leaf in _leaves(child, (*path, str(key)))]
+    return [(path, value)]
+
+
+def _env_key(path: tuple[str, ...]) -> str:
+    return ENV_PREFIX + "__".join(part.upper().replace("-", "_") for part in path)
+
+
+def _known_paths(raw: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Every variable name that would set something, by the path it sets."""
+    known: dict[str, tuple[str, ...]] = {}
+
+    def walk(model: type[BaseModel], path: tuple[str, ...]) -> None:
+        for name, field in model.model_fields.items():
+            here = (*path, name)
+            if here == ("streams",):
+                for stream in raw.get("streams") or {}:
+                    walk(StreamSettings, ("streams", str(stream)))
+            elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                walk(field.annotation, here)
+            else:
+                known[_env_key(here)] = here
+
+    walk(Settings, ())
+    return known
+
+
+def _apply_environment(raw: dict[str, Any], environ: Mapping[str, str]) -> dict[tuple[str, ...], str]:
+    known = _known_paths(raw)
+    origins: dict[tuple[str, ...], str] = {}
+    for name, text in sorted(environ.items()):
+        if not name.startswith(ENV_PREFIX):
+            continue
+        if name not in known:
+            raise ConfigError(f"{name}={text}: no such setting; `tidegate config` lists the names")
+        path, node = known[name], raw
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = yaml.safe_load(text)
+        origins[path] = name
+    return origins
+
+
+def _explain(error: ValidationError, file: Path, origins: Mapping[tuple[str, ...], str]) -> str:
+    lines = []
+    for item in error.errors(include_url=False):
+        path = tuple(str(part) for part in item["loc"])
+        where = origins.get(path, file.name)
+        value = "" if item["type"] == "missing" else f"={item['input']!r}"
+        what = "unknown setting" if item["type"] == "extra_forbidden" else item["msg"]
+        lines.append(f"{where}: {'.'.join(path) or 'settings'}{value[:80]}: {what}")
+    return "; ".join(lines) + f". Mend {file} and run `tidegate config`"
+
+
+def load(file: Path, environ: Mapping[str, str] | None = None) -> Resolved:
+    """Read and check all settings.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or a setting is unknown, mistyped or out of bounds;
+            the message names each key, its value and its bound.
+    """
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file; `tidegate init DIR` makes a workspace with one") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file}: must hold a mapping with `service` and `streams`")
+    written = {path for path, _ in _leaves(raw)}
+    by_env = _apply_environment(raw, os.environ if environ is None else environ)
+    try:
+        settings = Settings.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, file, by_env)) from None
+    origins = {}
+    for path, _ in _leaves(settings.model_dump(mode="json")):
+        origin = "params.yaml" if path in written else "default"
+        origins[".".join(path)] = by_env.get(path, origin)
+    return Resolved(settings, origins)
+
+
+def read_secret(name: str, keys: Path) -> str | None:
+    """A secret from the variable `TIDEGATE_NAME`, or from the file `keys/name` of mode 0600; None if neither is.
+
+    Raises:
+        ConfigError: the file can be read by others.
+    """
+    if (value := os.environ.get(f"TIDEGATE_{name.upper()}")) is not None:
+        return value
+    file = keys / name
+    if not file.exists():
+        return None
+    mode = stat.S_IMODE(file.stat().st_mode)
+    if mode & 0o077:
+        raise ConfigError(f"{file}: mode {mode:04o} lets others read it; must be 0600: chmod 600 {file}")
+    return file.read_text(encoding="utf-8").strip()
