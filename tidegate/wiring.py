@@ -1,0 +1,271 @@
+"""The composition root: settings and workspace in, the parts of the other packages out, by plain arguments.
+
+Nothing else turns settings into objects. Heavy libraries are imported by the part that is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tidegate.config import Resolved, Settings, StreamSettings, load, read_secret
+from tidegate.errors import UnknownName
+from tidegate.workspace import CHECKOUT, Workspace, find
+
+if TYPE_CHECKING:
+    from ingest.broker import KafkaSettings
+    from ingest.ingester import Ingester
+    from ingest.record import RecordLimits
+    from ingest.repository import DataRepository
+    from learner.base import Base
+    from privacy.ledger import Ledger
+    from privacy.policy import Policy
+    from privacy.signing import SigningKey, TrustedKeys
+    from registry.approvals import Approvals
+    from registry.mlflow_store import MlflowStore
+
+SPLIT_KEY_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Service:
+    """One workspace with its settings; each property builds a part when it is first asked for."""
+
+    workspace: Workspace
+    resolved: Resolved
+
+    @property
+    def settings(self) -> Settings:
+        """The checked settings."""
+        return self.resolved.settings
+
+    def stream(self, name: str) -> StreamSettings:
+        """Settings of one stream.
+
+        Raises:
+            UnknownName: there is no such stream.
+        """
+        try:
+            return self.settings.streams[name]
+        except KeyError:
+            known = ", ".join(self.settings.streams)
+            raise UnknownName(f"stream={name}: not in params.yaml; the streams are: {known}") from None
+
+    def model(self, stream: str) -> str:
+        """Name of the registered model of a stream."""
+        return self.stream(stream).registry.model or stream
+
+    @property
+    def keys_dir(self) -> Path:
+        """Folder of the keys."""
+        return self.workspace.keys(self.settings.service.keys.directory)
+
+    def signer(self, purpose: str) -> SigningKey:
+        """The signing key for `receipts`, `verdicts` or `approvals`; made on first use."""
+        from privacy.signing import SigningKey
+
+        return SigningKey.load_or_create(self.keys_dir / f"{purpose}.pem")
+
+    @property
+    def trusted(self) -> TrustedKeys:
+        """Every public key of the workspace."""
+        from privacy.signing import TrustedKeys
+
+        return TrustedKeys.from_dir(self.keys_dir)
+
+    def secret_bytes(self, name: str) -> bytes:
+        """A key of 32 random bytes in the keys folder (mode 0600), made on first use."""
+        file = self.keys_dir / f"{name}.key"
+        try:
+            handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            value = read_secret(file.name, self.keys_dir)
+            return bytes.fromhex(value or "")
+        with os.fdopen(handle, "w") as out:
+            out.write(os.urandom(SPLIT_KEY_BYTES).hex())
+            out.flush()
+            os.fsync(out.fileno())
+        return bytes.fromhex(file.read_text())
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """The privacy ledger."""
+        from privacy.ledger import Ledger
+
+        return Ledger(self.ledger_url)
+
+    @property
+    def ledger_url(self) -> str:
+        """SQLAlchemy URL of the ledger; a secret URL may come from TIDEGATE_LEDGER_URL or a key file."""
+        url = self.settings.service.ledger.url
+        if url != "embedded":
+            return url
+        return read_secret("ledger_url", self.keys_dir) or self.workspace.sqlite("ledger.db")
+
+    @property
+    def approvals_url(self) -> str:
+        """SQLAlchemy URL of the signed history of approvals: beside the ledger."""
+        return self.workspace.sqlite("approvals.db") if self.ledger_url.startswith("sqlite") else self.ledger_url
+
+    def approvals(self, *, signing: bool = False) -> Approvals:
+        """The signed history of approvals, for reading, or for signing where MLflow has no guard."""
+        from registry.approvals import Approvals
+
+        return Approvals(self.approvals_url, self.signer("approvals") if signing else None)
+
+    def repository(self) -> DataRepository:
+        """The data repository."""
+        from ingest.repository import DataRepository
+
+        return DataRepository(self.workspace.data)
+
+    @property
+    def data_remote(self) -> str:
+        """URL or folder DVC pushes to."""
+        remote = self.settings.service.data.remote
+        return str(self.workspace.remote) if remote == "embedded" else remote
+
+    @property
+    def bootstrap(self) -> str:
+        """Kafka's address."""
+        broker = self.settings.service.broker
+        return f"127.0.0.1:{broker.port}" if broker.bootstrap == "embedded" else broker.bootstrap
+
+    def kafka(self) -> KafkaSettings:
+        """Connection settings of Kafka; the SASL password is a secret (TIDEGATE_SASL_PASSWORD)."""
+        from ingest.broker import KafkaSettings
+
+        broker = self.settings.service.broker
+        return KafkaSettings(
+            bootstrap=self.bootstrap,
+            security_protocol=broker.security_protocol,
+            sasl_mechanism=broker.sasl_mechanism,
+            sasl_username=broker.sasl_username,
+            sasl_password=read_secret("sasl_password", self.keys_dir),
+            ssl_cafile=broker.ssl_cafile,
+            ssl_certfile=broker.ssl_certfile,
+            ssl_keyfile=broker.ssl_keyfile,
+        )
+
+    @property
+    def mlflow_uri(self) -> str:
+        """MLflow's address."""
+        mlflow = self.settings.service.mlflow
+        return f"http://127.0.0.1:{mlflow.port}" if mlflow.uri == "embedded" else mlflow.uri
+
+    @property
+    def api_uri(self) -> str:
+        """The serving API's address, as a client on this machine reaches it."""
+        api = self.settings.service.api
+        host = "127.0.0.1" if api.host in {"0.0.0.0", "::"} else api.host  # noqa: S104 - compared, not bound
+        return f"http://{host}:{api.port}"
+
+    @cached_property
+    def store(self) -> MlflowStore:
+        """The model registry."""
+        from registry.mlflow_store import MlflowStore
+
+        return MlflowStore(self.mlflow_uri)
+
+    def limits(self, stream: str) -> RecordLimits:
+        """What a record of the stream may be."""
+        from ingest.record import RecordLimits
+
+        ingest = self.stream(stream).ingest
+        return RecordLimits(
+            domains=ingest.domains,
+            labels=ingest.labels or None,
+            prompt_chars_max=ingest.prompt_chars_max,
+            completion_chars_max=ingest.completion_chars_max,
+        )
+
+    def policy(self, stream: str) -> Policy:
+        """The privacy policy that blocks sealed from now on are frozen with."""
+        from privacy.policy import Policy
+
+        privacy = self.stream(stream).privacy
+        return Policy(
+            unit=privacy.unit,
+            epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            attempts=privacy.attempts,
+            replay_share=privacy.replay_share,
+            holdout_share=privacy.holdout_share,
+        )
+
+    def base(self, stream: str, progress: Callable[[str, float], None] | None = None) -> Base:
+        """The prepared base model of a stream."""
+        from learner.base import prepare_base
+
+        return prepare_base(self.stream(stream).base, self.workspace.bases, progress=progress)
+
+    def ingester(self, stream: str, on_event: Callable[..., Any] | None = None) -> Ingester:
+        """The consumer of one stream's topic, in its only lane."""
+        from ingest.ingester import Ingester
+
+        settings = self.stream(stream)
+        policy = self.policy(stream)
+        return Ingester(
+            stream=stream,
+            lane=f"{stream}-0",
+            topic=settings.topic,
+            settings=self.kafka(),
+            repo=self.repository(),
+            limits=self.limits(stream),
+            suite_path=self.workspace.expectations(stream),
+            unit=settings.privacy.unit,
+            k_per_user=settings.ingest.records_per_user_max,
+            split_key=self.secret_bytes(f"split-{stream}"),
+            holdout_share=settings.privacy.holdout_share,
+            policy=policy.frozen,
+            block_offsets=settings.ingest.block_offsets,
+            block_seconds=settings.ingest.block_seconds,
+            on_event=on_event,
+        )
+
+
+def open_service(given: str | None) -> Service:
+    """The service of a workspace, with all settings checked.
+
+    Raises:
+        WorkspaceError: there is no workspace.
+        ConfigError: a setting is wrong.
+    """
+    workspace = find(given)
+    return Service(workspace, load(workspace.params))
+
+
+def complete_workspace(workspace: Workspace) -> list[str]:
+    """Make what needs the other packages: keys, data repository, ledger, expectation suites. Idempotent."""
+    from ingest.expectations import write_default_suite
+    from ingest.repository import DataRepository
+
+    service = Service(workspace, load(workspace.params))
+    made = []
+    for purpose in ("receipts", "verdicts", "approvals"):
+        if not (service.keys_dir / f"{purpose}.pem").exists():
+            service.signer(purpose)
+            made.append(f"keys/{purpose}.pem")
+    for name in ("answers", *(f"split-{stream}" for stream in service.settings.streams)):
+        if not (service.keys_dir / f"{name}.key").exists():
+            service.secret_bytes(name)
+            made.append(f"keys/{name}.key")
+    fresh = not (workspace.data / ".git").exists()
+    repo = DataRepository.init(workspace.data, remote=service.data_remote)
+    if fresh:
+        template = (CHECKOUT / "dvc.yaml").read_bytes()
+        repo.commit_files({"dvc.yaml": template, "params.yaml": workspace.params.read_bytes()}, "Lay out")
+        made.append("data/")
+    if service.ledger_url.startswith("sqlite") and not (workspace.root / "ledger.db").exists():
+        made.append("ledger.db")
+    service.ledger.head()
+    for stream in service.settings.streams:
+        suite = workspace.expectations(stream)
+        if not suite.exists():
+            write_default_suite(suite, service.limits(stream))
+            made.append(f"expectations/{suite.name}")
+    return made
