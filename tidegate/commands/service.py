@@ -1,0 +1,126 @@
+"""`tidegate up` and the parts it runs, each also alone: broker, mlflow, ingest, learn, serve."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tidegate import output
+
+if TYPE_CHECKING:
+    from tidegate.wiring import Service
+
+
+def _stop_on_signals() -> threading.Event:
+    """An event that SIGINT and SIGTERM set, so that loops end where they are whole."""
+    stop = threading.Event()
+
+    def handle(_number: int, _frame: Any) -> None:
+        stop.set()
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+    return stop
+
+
+def _open(given: str | None) -> Service:
+    from tidegate import log
+    from tidegate.wiring import open_service
+
+    log.configure()
+    return open_service(given)
+
+
+@click.command()
+@click.pass_obj
+def up(given: str | None) -> None:
+    """Run the whole service in this terminal: broker, registry, ingest, learner and server.
+
+    Prints the addresses and a line per event. Ctrl-C stops everything cleanly; `kill -9` of this process does too.
+    What params.yaml says is elsewhere (another Kafka, another MLflow) is used and not started.
+    """
+    from tidegate.up import start_all
+    from tidegate.wiring import complete_workspace
+
+    service = _open(given)
+    stop = _stop_on_signals()
+    complete_workspace(service.workspace)
+    supervisor = start_all(service, output.say)
+    try:
+        output.say(f"MLflow   {service.mlflow_uri}")
+        output.say(f"API      {service.api_uri}/v1   (OpenAI-compatible; model = the stream's name)")
+        output.say(f"Kafka    {service.bootstrap}")
+        output.say("ready; Ctrl-C stops everything")
+        supervisor.watch(stop.is_set)
+    finally:
+        output.say("stopping")
+        supervisor.stop()
+        output.say("stopped")
+
+
+@click.command()
+@click.pass_obj
+def broker(given: str | None) -> None:
+    """Run the embedded Kafka-protocol broker alone, on service.broker.port. For one machine, not for production."""
+    from ingest.embedded import EmbeddedBroker
+
+    service = _open(given)
+    stop = _stop_on_signals()
+    with EmbeddedBroker(service.workspace.broker, port=service.settings.service.broker.port) as running:
+        output.say(f"broker listens on {running.bootstrap}")
+        while not stop.wait(1.0):
+            running.check()
+
+
+@click.command()
+@click.pass_obj
+def mlflow(given: str | None) -> None:
+    """Run MLflow with the promotion guard alone. One worker, jobs off, loopback unless service.mlflow.host says more."""
+    from registry.server import MlflowServer
+
+    service = _open(given)
+    stop = _stop_on_signals()
+    settings = service.settings.service.mlflow
+    service.signer("approvals")
+    with MlflowServer(
+        service.workspace.root, host=settings.host, port=settings.port, approvals_url=service.approvals_url
+    ) as running:
+        output.say(f"MLflow with the guard: {service.mlflow_uri}")
+        while not stop.wait(1.0):
+            running.check()
+
+
+@click.command()
+@click.argument("stream")
+@click.option("--blocks", type=click.IntRange(min=1), help="Stop after this many blocks.")
+@click.option("--idle", type=click.FloatRange(min=0), help="Stop after this many seconds without a new record.")
+@click.pass_obj
+def ingest(given: str | None, stream: str, *, blocks: int | None, idle: float | None) -> None:
+    """Consume STREAM's topic: validate, seal blocks, version them in DVC and git.
+
+    Resumes from the manifests, so that it may be killed at any moment and started again.
+    """
+    service = _open(given)
+    stop = _stop_on_signals()
+    service.ingester(stream).run(stop, max_blocks=blocks, until_idle_s=idle)
+
+
+@click.command()
+@click.pass_obj
+def learn(given: str | None) -> None:
+    """Run rounds of all streams on their schedule (learner.schedule_seconds). A round runs when new blocks are there."""
+    from tidegate.scheduler import run_schedule
+
+    run_schedule(_open(given), _stop_on_signals())
+
+
+@click.command()
+@click.pass_obj
+def serve(given: str | None) -> None:
+    """Serve every stream's approved version under /v1, and swap it when the registry says so, without a restart."""
+    from tidegate.serve import run_server
+
+    run_server(_open(given))

@@ -1,0 +1,78 @@
+"""Which parts a workspace needs, and in which order they start."""
+
+from __future__ import annotations
+
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+
+from tidegate.supervisor import Part, Supervisor, tidegate_command
+from tidegate.wiring import Service
+
+# The registry imports MLflow, the server loads a base model: cold disks make both slow once.
+READY_SECONDS = 180.0
+
+
+def answers(url: str) -> bool:
+    """Whether an HTTP address answers with success."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as reply:  # noqa: S310 - our own http address
+            return int(reply.status) == 200  # noqa: PLR2004 - HTTP OK
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def listens(address: str) -> bool:
+    """Whether something accepts connections at host:port."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def parts_of(service: Service, *, learn: bool = True) -> list[Part]:
+    """The child processes of this workspace, in starting order."""
+    root, run = service.workspace.root, service.workspace.run
+
+    def part(name: str, *arguments: str) -> Part:
+        return Part(name, tidegate_command(root, *arguments), run / f"{name}.log")
+
+    parts = []
+    if service.settings.service.broker.bootstrap == "embedded":
+        parts.append(part("broker", "broker"))
+    if service.settings.service.mlflow.uri == "embedded":
+        parts.append(part("mlflow", "mlflow"))
+    parts.extend(part(f"ingest-{stream}", "ingest", stream) for stream in service.settings.streams)
+    parts.append(part("serve", "serve"))
+    if learn:
+        parts.append(part("learn", "learn"))
+    return parts
+
+
+def start_all(service: Service, say: Callable[[str], None], *, learn: bool = True) -> Supervisor:
+    """Start every part and wait until each answers; on failure nothing is left running.
+
+    Raises:
+        TidegateError: a part did not start; its last lines are in the message.
+    """
+    checks: dict[str, Callable[[], bool]] = {
+        "broker": lambda: listens(service.bootstrap),
+        "mlflow": lambda: answers(f"{service.mlflow_uri}/health"),
+        "serve": lambda: answers(f"{service.api_uri}/readyz"),
+    }
+    supervisor = Supervisor(parts_of(service, learn=learn), say)
+    try:
+        for part in supervisor.parts:
+            supervisor.start(part)
+            if part.name in {"broker", "mlflow"}:
+                supervisor.wait_ready(part, checks[part.name], READY_SECONDS)
+        for part in supervisor.parts:
+            if part.name == "serve":
+                supervisor.wait_ready(part, checks["serve"], READY_SECONDS)
+    except BaseException:
+        supervisor.stop()
+        raise
+    return supervisor
