@@ -1,0 +1,21 @@
+"""Fixtures and process settings every package's tests share."""
+
+import os
+
+# Before anything imports torch or the hub client. Tests run beside each other on few cores, and never on the network.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+import pytest
+
+from learner.base import Base
+from tests.tiny import tiny_base
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Base:
+    """A random tiny Qwen2.5-architecture base with the real Qwen2.5 tokenizer."""
+    return tiny_base(tmp_path_factory.mktemp("tiny"))
