@@ -1,0 +1,309 @@
+"""One round, from blocks to a registered version: the only place that orders ledger, learner, gates and registry.
+
+    lock → resume what a crash left, else: pin → plan → reserve → start → train → commit + receipt → destroy the key
+         → evaluate → signed verdict → MLflow version with its evidence → Staging if passed → plan and verdict into git
+
+Every step leaves a file in `rounds/<round_id>/` or a row in the ledger before the next begins, so that a killed
+round goes on where it was. Training resumes only exactly (same plan, data, base, code and key); anything else is a
+new attempt and is charged in full.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from tidegate import ancestry
+from tidegate.errors import RoundRefused
+from tidegate.evidence import judge, register
+from tidegate.planning import make_plan
+
+if TYPE_CHECKING:
+    from learner.base import Base
+    from learner.plan import RoundPlan
+    from privacy.randomness import RoundKey, TestKey
+    from tidegate.wiring import Service
+
+log = structlog.get_logger()
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, of). Never with a loss, a norm or a draw's size: those are private."""
+
+
+@dataclass(frozen=True)
+class NothingToDo:
+    """Why no round ran, though nothing is wrong."""
+
+    stream: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class RoundEnd:
+    """What one round came to."""
+
+    stream: str
+    round_id: str
+    attempt: int
+    version: int
+    outcome: str
+    state: str
+    reasons: tuple[str, ...]
+    adapter_sha256: str
+    epsilon: float
+    delta: float
+    unit: str
+    share_used: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A committed round: its plan, adapter folder and signed receipt."""
+
+    plan: RoundPlan
+    adapter_dir: Path
+    adapter_sha256: str
+    receipt: dict[str, Any]
+
+
+def run(
+    service: Service, stream: str, *, progress: Progress | None = None, test_seed: int | None = None
+) -> RoundEnd | NothingToDo:
+    """Run one round of a stream, or finish the one a crash left.
+
+    Args:
+        service: the workspace.
+        stream: its name.
+        progress: called while training and evaluating.
+        test_seed: train with reproducible noise. The ledger then says epsilon infinity for the round's blocks and the
+            version cannot be promoted.
+
+    Raises:
+        RoundRefused: another round runs.
+        PlanError, BudgetExceeded: no block can pay; the message has the choices.
+    """
+    tell = progress or (lambda _what, _done, _of: None)
+    service.stream(stream)
+    with _only_round(service, stream):
+        plan = _unfinished(service, stream)
+        if plan is None:
+            fresh = make_plan(service, stream, tell, test_seed)
+            if isinstance(fresh, str):
+                return NothingToDo(stream, fresh)
+            plan = fresh
+            _write(service.workspace.rounds(plan.round_id) / "plan.json", plan.as_json())
+        base = service.base(stream, lambda what, share: tell(what, int(share * 100), 100))
+        trained = _train(service, plan, base, tell, test_seed)
+        evaluation, verdict = judge(service, trained, base, tell)
+        end = register(service, trained, base, evaluation, verdict)
+        _write(service.workspace.rounds(plan.round_id) / "ended.json", end)
+        log.info("round ended", **{k: v for k, v in end.items() if k != "reasons"})
+        return RoundEnd(**{**end, "reasons": tuple(end["reasons"])})
+
+
+@contextmanager
+def _only_round(service: Service, stream: str) -> Iterator[None]:
+    service.workspace.run.mkdir(parents=True, exist_ok=True)
+    with (service.workspace.run / f"round-{stream}.lock").open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            pid = handle.read().strip() or "unknown"
+            raise RoundRefused(f"stream={stream}: a round runs already (pid {pid}); wait for it") from None
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
+
+
+def _write(path: Path, value: Any) -> None:
+    """Write JSON so that a crash leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as out:
+        json.dump(value, out, indent=2, ensure_ascii=False, sort_keys=True)
+        out.flush()
+        os.fsync(out.fileno())
+    partial.replace(path)
+
+
+def _unfinished(service: Service, stream: str) -> RoundPlan | None:
+    """The plan of the round a crash or Ctrl-C left without an end."""
+    from learner.plan import RoundPlan
+
+    for file in sorted((service.workspace.root / "rounds").glob("*/plan.json")):
+        plan = RoundPlan.from_json(json.loads(file.read_text(encoding="utf-8")))
+        if plan.stream == stream and not (file.parent / "ended.json").exists():
+            log.info("round resumes", stream=stream, round=plan.round_id, attempt=plan.attempt)
+            return plan
+    return None
+
+
+def _train(
+    service: Service, plan: RoundPlan, base: Base, tell: Progress, test_seed: int | None
+) -> Trained:
+    """Reserve, start, train, commit; on a resume that is not exact, the same again as the next attempt."""
+    from learner.errors import ResumeRefused
+
+    committed = _committed(service, plan)
+    if committed is not None:
+        return committed
+    try:
+        return _attempt(service, plan, base, tell, test_seed)
+    except ResumeRefused as reason:
+        again = replace(plan, attempt=plan.attempt + 1)
+        log.warning(
+            "new attempt", stream=plan.stream, round=plan.round_id, attempt=again.attempt, reason=str(reason)
+        )
+        shutil.rmtree(service.workspace.checkpoints(plan.round_id, plan.attempt), ignore_errors=True)
+        _write(service.workspace.rounds(plan.round_id) / "plan.json", again.as_json())
+        return _attempt(service, again, base, tell, test_seed)
+
+
+def _committed(service: Service, plan: RoundPlan) -> Trained | None:
+    """The outcome of an attempt whose receipt is written already."""
+    file = service.workspace.rounds(plan.round_id) / "receipt.json"
+    if not file.exists():
+        return None
+    receipt = json.loads(file.read_text(encoding="utf-8"))
+    sha = receipt["adapter_sha256"]
+    return Trained(plan, service.workspace.adapters / sha, sha, receipt)
+
+
+def _attempt(service: Service, plan: RoundPlan, base: Base, tell: Progress, test_seed: int | None) -> Trained:
+    from learner.errors import ResumeRefused
+    from learner.round import run_round
+
+    ledger = service.ledger
+    folder = service.workspace.checkpoints(plan.round_id, plan.attempt)
+    folder.mkdir(parents=True, exist_ok=True)
+    row = ledger.reserve(
+        plan.stream,
+        plan.round_id,
+        plan.attempt,
+        plan.plan_hash,
+        plan.charges(),
+        noise_source=plan.noise_source,
+    )
+    key_file = folder / "round.key"
+    if row.state == "reserved":
+        # Nothing private was read yet: a key left by a crash before `start` was never used.
+        key_file.unlink(missing_ok=True)
+        key = _new_key(plan, key_file, test_seed)
+        ledger.start(plan.round_id, plan.attempt, plan.plan_hash)
+    elif key_file.exists():
+        key = _old_key(plan, key_file)
+    elif row.state == "started":
+        raise ResumeRefused(f"round={plan.round_id} attempt={plan.attempt}: its key is gone; a new attempt starts")
+    else:
+        raise RoundRefused(
+            f"round={plan.round_id} attempt={plan.attempt}: the ledger says {row.state}, but its receipt is gone; "
+            f"it was charged and cannot be trained again: remove rounds/{plan.round_id}/ to plan a new round"
+        )
+    records = _records(service, plan, tell)
+    output = run_round(
+        plan,
+        base=base,
+        parent_dir=_parent_dir(service, plan),
+        records=records,
+        key=key,
+        system=service.stream(plan.stream).learner.system,
+        checkpoint_dir=folder / "steps",
+        out_dir=folder / "adapter",
+        max_tokens=service.stream(plan.stream).learner.max_tokens,
+        checkpoint_steps=service.stream(plan.stream).learner.checkpoint_steps,
+        threads=service.settings.service.threads,
+        progress=lambda step, steps: tell("train", step, steps),
+    )
+    kept = service.workspace.adapters / output.adapter_sha256
+    if not kept.exists():
+        shutil.copytree(output.adapter_dir, kept)
+    ledger.commit(
+        plan.round_id, plan.attempt, plan.plan_hash, adapter_sha256=output.adapter_sha256
+    )
+    receipt = _receipt(service, plan, output.adapter_sha256)
+    _write(service.workspace.rounds(plan.round_id) / "receipt.json", receipt)
+    _destroy(key_file)
+    shutil.rmtree(folder, ignore_errors=True)
+    return Trained(plan, kept, output.adapter_sha256, receipt)
+
+
+def _new_key(plan: RoundPlan, file: Path, test_seed: int | None) -> RoundKey | TestKey:
+    from privacy.randomness import RoundKey, TestKey
+
+    if plan.noise_source == "test":
+        file.write_text(str(test_seed), encoding="ascii")
+        return TestKey(test_seed or 0)
+    return RoundKey.create(file)
+
+
+def _old_key(plan: RoundPlan, file: Path) -> RoundKey | TestKey:
+    from privacy.randomness import RoundKey, TestKey
+
+    if plan.noise_source == "test":
+        return TestKey(int(file.read_text(encoding="ascii")))
+    return RoundKey.load(file)
+
+
+def _destroy(file: Path) -> None:
+    from privacy.randomness import RoundKey
+
+    RoundKey.destroy(file)
+
+
+def _records(service: Service, plan: RoundPlan, tell: Progress) -> dict[str, Any]:
+    """Training rows of the plan's blocks, from a clone pinned to the plan's revision."""
+    tell("read blocks", 0, len(plan.blocks))
+    repo = service.repository()
+    pinned = repo.checkout(plan.data_revision, service.workspace.run / f"clone-{plan.stream}")
+    manifests = {m.block_id: m for m in repo.manifests(plan.stream, revision=plan.data_revision)}
+    records = {}
+    for done, block in enumerate(plan.blocks, start=1):
+        records[block.id] = pinned.records(manifests[block.id], split="train")
+        tell("read blocks", done, len(plan.blocks))
+    return records
+
+
+def _parent_dir(service: Service, plan: RoundPlan) -> Path | None:
+    """The adapter the round starts from, fetched from the registry when the workspace lost it."""
+    if not plan.parent_sha256:
+        return None
+    kept = service.workspace.adapters / plan.parent_sha256
+    if not kept.exists():
+        model = service.model(plan.stream)
+        for version in service.store.versions(model):
+            if ancestry.tag(version, "adapter_sha256") == plan.parent_sha256:
+                service.store.fetch_adapter(model, version.version, kept)
+    return kept
+
+
+def _receipt(service: Service, plan: RoundPlan, adapter_sha256: str) -> dict[str, Any]:
+    from privacy.receipts import make_receipt
+
+    policy = service.policy(plan.stream)
+    infinite = plan.noise_source == "test"
+    return make_receipt(
+        plan_hash=plan.plan_hash,
+        adapter_sha256=adapter_sha256,
+        ledger_head=service.ledger.head(),
+        unit=policy.unit,
+        epsilon=float("inf") if infinite else policy.epsilon,
+        delta=policy.delta,
+        signer=service.signer("receipts"),
+    )
+
+
+def now() -> str:
+    """The time, UTC, RFC 3339."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
