@@ -1,0 +1,136 @@
+"""The manifest of a block: what span of the topic it holds, under which policy, in which files.
+
+A manifest is a file in git. Its commit on the lane's ref is the only moment at which a block comes to exist.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ingest.errors import RepositoryError
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+_POLICY_KEYS: Final = frozenset(
+    {"unit", "epsilon", "delta", "orders", "caps", "horizon", "attempts", "holdout_share", "nominal_units"}
+)
+
+
+class _Part(BaseModel):
+    # Unknown fields are ignored: a newer writer may add some, an older reader must still read its blocks.
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class OffsetRange(_Part):
+    """Offsets `[start, end)` of one partition."""
+
+    partition: Count
+    start: Count
+    end: Count
+
+    @model_validator(mode="after")
+    def _forward(self) -> Self:
+        if self.end < self.start:
+            raise ValueError(f"partition {self.partition}: end {self.end} before start {self.start}")
+        return self
+
+    @property
+    def span(self) -> int:
+        """Number of offsets; public, unlike the number of accepted records."""
+        return self.end - self.start
+
+
+class Counts(_Part):
+    """What became of the messages of the span. Exact, so they stay in the data repository."""
+
+    sealed: Count
+    rejected: Count
+    duplicate: Count
+    set_aside: Count
+
+    @property
+    def total(self) -> int:
+        """Messages read, the contract's `in`."""
+        return self.sealed + self.rejected + self.duplicate + self.set_aside
+
+
+class DataFile(_Part):
+    """One Parquet file of a block; `path` is relative to the data repository's root."""
+
+    path: str
+    sha256: Sha256
+    split: Literal["train", "holdout", "set_aside"]
+
+
+class Manifest(_Part):
+    """One sealed block."""
+
+    block_id: str
+    stream: str
+    lane: str
+    seq: Annotated[int, Field(ge=1)]
+    topic: str
+    incarnation: str
+    offsets: Annotated[tuple[OffsetRange, ...], Field(min_length=1)]
+    schema_version: int
+    suite_sha256: Sha256
+    counts: Counts
+    files: tuple[DataFile, ...]
+    nonce: Annotated[str, Field(pattern=r"^[0-9a-f]{32,}$")]
+    # A plain value: `ingest` freezes it, `privacy` understands it.
+    policy: dict[str, Any]
+    sealed_at: str = ""
+
+    @field_validator("policy")
+    @classmethod
+    def _plain(cls, policy: dict[str, Any]) -> dict[str, Any]:
+        if missing := _POLICY_KEYS - policy.keys():
+            raise ValueError(f"policy lacks {', '.join(sorted(missing))}")
+        # Tuples become lists now, so that the value equals itself after a round trip through the file.
+        plain: dict[str, Any] = json.loads(json.dumps(policy, allow_nan=False))
+        return plain
+
+    @model_validator(mode="after")
+    def _nominal(self) -> Self:
+        if self.policy["nominal_units"] != self.nominal_units:
+            raise ValueError(
+                f"policy.nominal_units={self.policy['nominal_units']}, offsets span {self.nominal_units}"
+            )
+        return self
+
+    @property
+    def nominal_units(self) -> int:
+        """Offsets spanned over all partitions: the public size of the block."""
+        return sum(part.span for part in self.offsets)
+
+    @property
+    def next_offsets(self) -> dict[int, int]:
+        """Where the next block of this lane starts, by partition."""
+        return {part.partition: part.end for part in self.offsets}
+
+    def file(self, split: str) -> DataFile | None:
+        """The block's file of one split; None when that split is empty."""
+        return next((file for file in self.files if file.split == split), None)
+
+    def to_json(self) -> bytes:
+        """The file as it stands in git: sorted, indented, one newline at the end."""
+        return (json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Self:
+        """Read a manifest.
+
+        Raises:
+            RepositoryError: the bytes are no manifest of version 1.
+        """
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "manifest"
+            raise RepositoryError(
+                f"manifest: {where}: {first['msg']}; restore the data repository from its backup"
+            ) from None
