@@ -1,0 +1,121 @@
+"""`tidegate versions|approve|reject|rollback|history`: what the registry wants to run, and who said so."""
+
+from __future__ import annotations
+
+import getpass
+
+import click
+
+from tidegate import ancestry, output
+
+_WHO = click.option("--who", default=getpass.getuser, help="Your name, for the signed history.", show_default="login")
+_WHY = click.option("--why", required=True, help="The reason, kept and signed.")
+_JSON = click.option("--json", "want_json", is_flag=True, help="JSON instead of a table.")
+
+
+@click.command()
+@click.argument("stream")
+@_JSON
+@click.pass_obj
+def versions(given: str | None, stream: str, *, want_json: bool) -> None:
+    """List STREAM's model versions: stage, state, parent, verdict, and a link to the evidence in MLflow."""
+    from tidegate.wiring import open_service
+
+    service = open_service(given)
+    model = service.model(stream)
+    found = sorted(service.store.versions(model), key=lambda v: v.version, reverse=True)
+    rows = []
+    for version in found:
+        verdict = ancestry.signed_tag(version, "verdict", service.trusted)
+        rows.append(
+            {
+                "version": version.version,
+                "stage": version.stage,
+                "state": ancestry.tag(version, "state"),
+                "alias": ",".join(version.aliases),
+                "verdict": verdict["outcome"] if verdict else "no valid signature",
+                "parent_version": ancestry.tag(version, "parent_version") or "base",
+                "round": ancestry.tag(version, "round_id"),
+                "adapter_sha256": ancestry.tag(version, "adapter_sha256"),
+                "url": f"{service.mlflow_uri}/#/models/{model}/versions/{version.version}",
+            }
+        )
+    if want_json:
+        output.as_json(rows)
+        return
+    columns = ("version", "stage", "state", "alias", "verdict", "parent", "round", "adapter", "evidence")
+    cells = [(*list(r.values())[:7], str(r["adapter_sha256"])[:12], r["url"]) for r in rows]
+    output.table(f"versions of {stream}", columns, cells)
+
+
+@click.command()
+@click.argument("stream")
+@click.argument("version", type=int)
+@_WHY
+@_WHO
+@click.pass_obj
+def approve(given: str | None, stream: str, version: int, *, why: str, who: str) -> None:
+    """Approve VERSION of STREAM: it becomes Production, and the server swaps to it. The same as in MLflow's UI.
+
+    The guard refuses a version that failed its gates, is stale, or is not what was signed.
+    """
+    from tidegate.wiring import open_service
+
+    service = open_service(given)
+    model = service.model(stream)
+    ancestry.pick(service.store.versions(model), version, model)
+    approval = service.store.promote(model, version, why=why, who=who, approvals=service.approvals(signing=True))
+    output.say(f"version {version} of {model} is Production; approval {approval['seq']} signed by {approval['key_id']}")
+
+
+@click.command()
+@click.argument("stream")
+@click.argument("version", type=int)
+@_WHY
+@_WHO
+@click.pass_obj
+def reject(given: str | None, stream: str, version: int, *, why: str, who: str) -> None:
+    """Reject candidate VERSION of STREAM. What it spent stays spent; the next round may run."""
+    from tidegate.wiring import open_service
+
+    service = open_service(given)
+    model = service.model(stream)
+    ancestry.pick(service.store.versions(model), version, model)
+    service.store.reject(model, version, why=why, who=who, approvals=service.approvals(signing=True))
+    output.say(f"version {version} of {model} is rejected")
+
+
+@click.command()
+@click.argument("stream")
+@click.option("--to", type=int, help="The version to return to; default: the one that was live before.")
+@_WHY
+@_WHO
+@click.option("--emergency", is_flag=True, help="With the registry down: from the server's own cache, reconciled later.")
+@click.pass_obj
+def rollback(given: str | None, stream: str, *, to: int | None, why: str, who: str, emergency: bool) -> None:
+    """Return STREAM to a version that was approved before. No restart; the server swaps within a second."""
+    from tidegate.rollback import roll_back
+    from tidegate.wiring import open_service
+
+    service = open_service(given)
+    result = roll_back(service, stream, to=to, why=why, who=who, emergency=emergency)
+    output.say(result)
+
+
+@click.command()
+@click.argument("stream")
+@_JSON
+@click.pass_obj
+def history(given: str | None, stream: str, *, want_json: bool) -> None:
+    """Who moved which version of STREAM, when and why. The signatures and the chain are verified before printing."""
+    from tidegate.wiring import open_service
+
+    service = open_service(given)
+    approvals = service.approvals()
+    approvals.verify(service.trusted)
+    rows = approvals.history(service.model(stream))
+    if want_json:
+        output.as_json(rows)
+        return
+    columns = ("seq", "when", "who", "kind", "version", "from", "to", "why")
+    output.table(f"history of {stream} (verified)", columns, [[r[c] for c in columns] for r in rows])
