@@ -1,0 +1,66 @@
+"""Back to a version that was approved before, with the registry or, in an emergency, without it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tidegate import ancestry
+from tidegate.errors import UnknownName
+
+if TYPE_CHECKING:
+    from tidegate.wiring import Service
+
+
+def roll_back(service: Service, stream: str, *, to: int | None, why: str, who: str, emergency: bool) -> str:
+    """Make an earlier approved version Production again; returns a sentence on what happened.
+
+    Raises:
+        UnknownName: there is no earlier version, or none of that number.
+        PromotionRefused: its adapter, receipt or verdict is no longer intact.
+        RegistryUnavailable: MLflow does not answer and `emergency` was not asked for.
+    """
+    model = service.model(stream)
+    history = service.approvals().history(model)
+    target = to if to is not None else _previous(history, stream)
+    if emergency:
+        return _without_registry(service, stream, target, why=why, who=who)
+    ancestry.pick(service.store.versions(model), target, model)
+    approval = service.store.promote(
+        model, target, why=why, who=who, kind="rollback", approvals=service.approvals(signing=True)
+    )
+    return f"version {target} of {model} is Production again; approval {approval['seq']} signed by {approval['key_id']}"
+
+
+def _previous(history: list[dict[str, object]], stream: str) -> int:
+    """The version that was live before the one that is."""
+    lived = [int(str(row["version"])) for row in history if row["to"] == ancestry.PRODUCTION]
+    for version in reversed(lived[:-1]):
+        if version != lived[-1]:
+            return version
+    raise UnknownName(f"stream={stream}: no version was live before; name one by --to, see `tidegate versions {stream}`")
+
+
+def _without_registry(service: Service, stream: str, target: int, *, why: str, who: str) -> str:
+    """Sign an approval of kind `emergency` and leave it where the server looks when the registry is down."""
+    from serving.swap import write_emergency
+
+    model = service.model(stream)
+    approvals = service.approvals(signing=True)
+    approved = [r for r in approvals.history(model) if r["version"] == target and r["to"] == ancestry.PRODUCTION]
+    if not approved:
+        raise UnknownName(f"version={target}: was never approved for {model}; see `tidegate history {stream}`")
+    row = approvals.append(
+        model=model,
+        version=target,
+        adapter_sha256=approved[-1]["adapter_sha256"],
+        from_stage="unknown",
+        to_stage=ancestry.PRODUCTION,
+        who=who,
+        why=why,
+        kind="emergency",
+    )
+    write_emergency(service.workspace.serving / stream, stream, row)
+    return (
+        f"version {target} of {model}: emergency approval {row['seq']} is signed; the server takes it within a second; "
+        f"when MLflow is back, make it lasting by `tidegate rollback {stream} --to {target} --why ...`"
+    )

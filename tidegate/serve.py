@@ -1,0 +1,90 @@
+"""The serving process: one engine a base model, one hot swap a stream, one API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tidegate import ancestry
+
+if TYPE_CHECKING:
+    from serving.swap import HotSwap, Wanted
+    from tidegate.wiring import Service
+
+
+def wanted_of(service: Service, stream: str) -> Callable[[], Wanted | None]:
+    """What the registry wants a stream to run: the Production version with its signed approval."""
+    from serving.errors import TwoWanted
+    from serving.swap import Wanted
+
+    model = service.model(stream)
+
+    def ask() -> Wanted | None:
+        found = [v for v in service.store.versions(model) if v.stage == ancestry.PRODUCTION]
+        if not found:
+            return None
+        if len(found) > 1:
+            numbers = ", ".join(str(v.version) for v in found)
+            raise TwoWanted(
+                f"model={model}: versions {numbers} stand in Production at once, 1 is allowed; "
+                f"archive all but one in MLflow, or `tidegate rollback {stream} --to N --why ...`"
+            )
+        version = found[0]
+        return Wanted(
+            model=model,
+            version=version.version,
+            stage=version.stage,
+            adapter_sha256=ancestry.tag(version, "adapter_sha256"),
+            approval=ancestry.tag(version, "approval"),
+        )
+
+    return ask
+
+
+def swaps_of(service: Service) -> list[HotSwap]:
+    """A hot swap for every stream; streams on one base share its engine."""
+    from serving.inprocess import InProcessEngine
+    from serving.swap import HotSwap
+
+    engines: dict[tuple[str, str | None], InProcessEngine] = {}
+    swaps = []
+    for stream, settings in service.settings.streams.items():
+        shared = (settings.base, settings.learner.system)
+        if shared not in engines:
+            engines[shared] = InProcessEngine(
+                service.base(stream),
+                system=settings.learner.system,
+                threads=service.settings.service.threads,
+                max_batch=settings.serving.batch_max,
+                max_queue=settings.serving.queue_max,
+            )
+        model = service.model(stream)
+
+        def fetch(version: int, dest: Path, model: str = model) -> Path:
+            return service.store.fetch_adapter(model, version, dest)
+
+        def acknowledge(version: int, model: str = model) -> None:
+            service.store.set_alias(model, "live", version)
+
+        swaps.append(
+            HotSwap(
+                stream,
+                engines[shared],
+                wanted=wanted_of(service, stream),
+                fetch=fetch,
+                acknowledge=acknowledge,
+                trusted=service.trusted,
+                cache=service.workspace.serving / stream,
+                poll_seconds=settings.serving.poll_seconds,
+            )
+        )
+    return swaps
+
+
+def run_server(service: Service) -> None:
+    """Serve until SIGINT or SIGTERM; requests in flight are answered first."""
+    from serving.server import serve
+
+    api = service.settings.service.api
+    serve(swaps_of(service), host=api.host, port=api.port, answer_key=service.secret_bytes("answers"))
