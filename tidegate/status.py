@@ -19,7 +19,7 @@ def look(service: Service) -> dict[str, Any]:
     from tidegate.up import listens
 
     alarms: list[str] = []
-    serving = _serving_state(service)
+    serving = serving_state(service)
     reached = {
         "broker": listens(service.bootstrap.split(",")[0]),
         "mlflow": listens(service.mlflow_uri.partition("://")[2].partition("/")[0]),
@@ -36,7 +36,7 @@ def look(service: Service) -> dict[str, Any]:
     return {"service": shown, "streams": streams, "alarms": alarms}
 
 
-def _serving_state(service: Service) -> dict[str, Any] | None:
+def serving_state(service: Service) -> dict[str, Any] | None:
     try:
         with urllib.request.urlopen(f"{service.api_uri}/tidegate/state", timeout=2) as reply:  # noqa: S310
             return dict(json.load(reply))
