@@ -1,8 +1,8 @@
-"""LoRA adapters on disk, in peft's own format: `peft.PeftModel.from_pretrained(base, folder)` loads them as they are.
+"""LoRA adapters on disk, in peft's own format: `PeftModel.from_pretrained` takes them as they are.
 
-An adapter is a folder with `adapter_config.json` and `adapter_model.safetensors`; its sha256 is taken over both, and is
-what a verdict, a receipt and an approval speak of. Reading one checks everything that loading would otherwise trust.
-(LoRA: Hu et al. 2021. Rank-stabilised scaling: Kalajdzievski 2023.)
+An adapter is a folder with `adapter_config.json` and `adapter_model.safetensors`; its sha256 is taken over
+both, and is what a verdict, a receipt and an approval speak of. Reading one checks everything that loading
+would otherwise trust. (LoRA: Hu et al. 2021. Rank-stabilised scaling: Kalajdzievski 2023.)
 """
 
 import json
@@ -35,9 +35,9 @@ BLOCK_PART = {
     "up_proj": "mlp",
     "down_proj": "mlp",
 }
-# An adapter is a small thing: r 64 on every layer of a 7B model is 0.7 GB in fp32. More is a whole model or an attack.
+# An adapter is small: r 64 on every layer of a 7B model is 0.7 GB in fp32. More is a model or an attack.
 BYTES_MAX = 1 << 30
-# peft itself writes headers of some tens of kB; a header is parsed before anything else is known about the file.
+# Real headers have some tens of kB; a header is parsed before anything else is known about the file.
 _HEADER_BYTES_MAX = 8 << 20
 _BASE_KEY = "base_sha256"
 
@@ -127,7 +127,8 @@ def write_adapter(folder: Path, settings: LoraShape, weights: Mapping[str, "Tens
     """
     from safetensors.torch import save_file
 
-    tensors = {name: weights[name].detach().to("cpu").contiguous() for name in sorted(weights)}
+    # Copied: safetensors refuses tensors that share memory, and these may be views of one flat buffer.
+    tensors = {name: weights[name].detach().to("cpu", copy=True).contiguous() for name in sorted(weights)}
     layers, targets = _places(tensors, settings.r, _base_shapes(base), folder)
     _finite(tensors, folder)
     config = {
@@ -178,8 +179,8 @@ def read_adapter(
         bytes_max: refuse larger weight files unread.
 
     Raises:
-        AdapterError: a file is missing, cut short, too large or no LoRA adapter of a Qwen2 model; a name, rank or shape
-            does not fit; a value is not finite; it belongs to another base.
+        AdapterError: a file is missing, cut short, too large or no LoRA adapter of a Qwen2 model; a name,
+            rank or shape does not fit; a value is not finite; it belongs to another base.
     """
     digest = adapter_sha256(folder)
     config = _read_config(folder / CONFIG_FILE)
@@ -265,7 +266,7 @@ def _check_header(path: Path, bytes_max: int) -> dict[str, str]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(_HEADER_BYTES_MAX, size):
                 raise AdapterError(
-                    f"{path}: header of {length} bytes in a file of {size}; it is cut short or no safetensors, fetch it anew"
+                    f"{path}: header of {length} bytes in a file of {size}; it is damaged, fetch it anew"
                 )
             header = json.loads(file.read(length))
             end = max(
@@ -278,7 +279,7 @@ def _check_header(path: Path, bytes_max: int) -> dict[str, str]:
         ) from error
     if 8 + length + end != size:
         raise AdapterError(
-            f"{path}: {size} bytes, must be {8 + length + end} by its header; it is cut short or damaged, fetch it anew"
+            f"{path}: {size} bytes, must be {8 + length + end} by its header; it is damaged, fetch it anew"
         )
     metadata: dict[str, str] = header.get("__metadata__", {})
     return metadata
@@ -333,15 +334,15 @@ def _places(
             for matrix in ("A", "B"):
                 if matrix not in pair:
                     raise AdapterError(
-                        f"{weight_name(layer, target, matrix)} in {folder}: is missing; fetch or train it anew"
+                        f"{weight_name(layer, target, matrix)} in {folder}: is missing; train it anew"
                     )
             out_in = shapes[1][target] if shapes else (pair["B"][0], pair["A"][-1])
             want = {"A": (rank, out_in[1]), "B": (out_in[0], rank)}
             for matrix in ("A", "B"):
                 if pair[matrix] != want[matrix]:
                     raise AdapterError(
-                        f"{weight_name(layer, target, matrix)} in {folder}: shape={pair[matrix]}, must be {want[matrix]}; "
-                        "use it with the base and rank it was trained with"
+                        f"{weight_name(layer, target, matrix)} in {folder}: shape={pair[matrix]}, "
+                        f"must be {want[matrix]}; use it with the base and rank it was trained with"
                     )
     return layers, targets
 
@@ -353,7 +354,8 @@ def _parse_name(name: str, folder: Path) -> tuple[int, str, str]:
         if name == weight_name(layer, target, matrix):
             return layer, target, matrix
     raise AdapterError(
-        f"weight {name[:200]!r} in {folder}: must be like {weight_name(0, 'q_proj', 'A')!r}; train a plain LoRA adapter"
+        f"weight {name[:200]!r} in {folder}: must be like {weight_name(0, 'q_proj', 'A')!r}; "
+        "train a plain LoRA adapter"
     )
 
 
@@ -369,7 +371,8 @@ def _agree(config: Mapping[str, Any], layers: Sequence[int], targets: Sequence[s
         return
     if [indices] != list(layers) if isinstance(indices, int) else sorted(indices or ()) != list(layers):
         raise AdapterError(
-            f"layers_to_transform={indices!r} in {folder}: must be {list(layers)} as in the weights; train it anew"
+            f"layers_to_transform={indices!r} in {folder}: must be {list(layers)} as in the weights; "
+            "train it anew"
         )
 
 

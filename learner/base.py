@@ -1,8 +1,9 @@
 """Base models: found or made once, kept in a cache, named with their provenance and licence.
 
-A base is a folder with a Qwen2-architecture model (`config.json`, `*.safetensors`), its tokenizer (`tokenizer.json` …)
-and, in the cache, `provenance.json`: where it comes from, its licence, and the sha256 of every file. The base's own
-sha256 is taken over those, so that an adapter, a plan and a model version can all say which base they mean.
+A base is a folder with a Qwen2-architecture model (`config.json`, `*.safetensors`), its tokenizer
+(`tokenizer.json` …) and, in the cache, `provenance.json`: where it comes from, its licence, and the sha256 of
+every file. The base's own sha256 is taken over those, so that an adapter, a plan and a model version can all
+say which base they mean.
 
 Importing this file costs nothing: torch and transformers are imported where they are used.
 """
@@ -30,7 +31,7 @@ EMBEDDED = "smollm2-135m"
 ARCHITECTURE = "qwen2"
 _PROVENANCE = "provenance.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# What a model is made of. Everything else in a folder (README, images, other formats) is not loaded and not hashed.
+# What a model is made of. Everything else in a folder (README, images) is neither loaded nor hashed.
 _PARTS = (
     "*.safetensors",
     "model.safetensors.index.json",
@@ -77,15 +78,16 @@ class Base:
 
 
 def prepare_base(spec: str, cache: Path, progress: Progress | None = None) -> Base:
-    """Find or make a base model. Idempotent, atomic, and safe when two processes ask at once (one works, one waits).
+    """Find or make a base model. Idempotent, atomic; when two processes ask at once, one works and one waits.
 
     Args:
-        spec: "smollm2-135m" (the embedded default), a local folder, or a hub id such as "Qwen/Qwen2.5-0.5B-Instruct".
+        spec: "smollm2-135m" (the embedded default), a local folder, or a hub id such as
+            "Qwen/Qwen2.5-0.5B-Instruct".
         cache: the workspace's folder for bases; made when missing.
         progress: told about each step of the first preparation.
 
     Raises:
-        BaseModelError: nothing of that name can be had, or it is no Qwen2-architecture model with a tokenizer.
+        BaseModelError: nothing of that name can be had, or it is no Qwen2 model with a tokenizer.
     """
     step = progress or (lambda _done, _total, _what: None)
     local = Path(spec).expanduser()
@@ -97,39 +99,35 @@ def prepare_base(spec: str, cache: Path, progress: Progress | None = None) -> Ba
         if _HUB_ID.fullmatch(spec):
             return _prepared(cache / _slug(spec), lambda folder: _make_from_hub(spec, folder, step))
     raise BaseModelError(
-        f"base={spec!r}: must be {EMBEDDED!r}, a folder that exists, or a hub id like 'Qwen/Qwen2.5-0.5B-Instruct'; see params.yaml"
+        f"base={spec!r}: must be {EMBEDDED!r}, an existing folder, "
+        "or a hub id like 'Qwen/Qwen2.5-0.5B-Instruct'; see params.yaml"
     )
 
 
 def load_model(base: Base) -> Any:
-    """The base as a frozen `Qwen2ForCausalLM`: fp32, sdpa attention, eval mode, no parameter asks for a gradient.
+    """The base as a frozen `Qwen2ForCausalLM`: fp32, sdpa attention, eval mode, no gradients asked for.
 
     fp32 because bf16 is 25 times slower on a CPU without AMX, sdpa because it is a tenth faster than eager.
     """
     import torch
     from transformers import Qwen2ForCausalLM
-    from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        model = Qwen2ForCausalLM.from_pretrained(
-            base.path, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
-        )
+        with smollm2.without_bars():
+            model = Qwen2ForCausalLM.from_pretrained(
+                base.path, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise BaseModelError(
             f"base {base.name} in {base.path}: cannot be loaded ({error}); remove it to prepare it anew"
         ) from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     return model.eval().requires_grad_(requires_grad=False)
 
 
 def load_tokenizer(base: Base) -> Any:
     """The base's own fast tokenizer, chat template included.
 
-    Read from `tokenizer.json` as it stands: AutoTokenizer would put Qwen2's pre-tokeniser in front of any model_type qwen2.
+    Read from `tokenizer.json` as it stands: AutoTokenizer would force Qwen2's pre-tokeniser on it.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -137,7 +135,7 @@ def load_tokenizer(base: Base) -> Any:
         return PreTrainedTokenizerFast.from_pretrained(base.path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise BaseModelError(
-            f"tokenizer of {base.name} in {base.path}: cannot be loaded ({error}); remove the folder to prepare it anew"
+            f"tokenizer of {base.name} in {base.path}: cannot be loaded ({error}); prepare it anew"
         ) from error
 
 
@@ -184,7 +182,8 @@ def _prepared(folder: Path, make: Callable[[Path], tuple[str, str, dict[str, str
     digest, files = _hashes(folder, kept["files"])
     if digest != kept["sha256"]:
         raise BaseModelError(
-            f"base {kept['name']} in {folder}: sha256={digest}, must be {kept['sha256']} as prepared; remove the folder to prepare it anew"
+            f"base {kept['name']} in {folder}: sha256={digest}, must be {kept['sha256']} as prepared; "
+            "remove the folder to prepare it anew"
         )
     if files != kept["files"]:  # copied or restored: same content, other times
         _write_provenance(folder, {**kept, "files": files})
@@ -200,7 +199,7 @@ def _from_folder(folder: Path, cache: Path) -> Base:
     digest, files = _hashes(folder, known)
     # A folder that another cache has prepared brings its own name, licence and provenance along.
     own = _read_provenance(folder) if (folder / _PROVENANCE).is_file() else None
-    kept = {
+    kept: dict[str, Any] = {
         "name": own["name"] if own else folder.name,
         "licence": own["licence"] if own else _card_licence(folder),
         "sha256": digest,
@@ -235,7 +234,7 @@ def _make_from_hub(spec: str, folder: Path, step: Progress) -> tuple[str, str, d
     except Exception as error:  # the hub client lets errors of several HTTP and file libraries through
         cause = str(error).strip().partition("\n")[0] or type(error).__name__
         raise BaseModelError(
-            f"base={spec}: cannot be downloaded ({cause}); name a local folder, or use the embedded {EMBEDDED!r}"
+            f"base={spec}: cannot be downloaded ({cause}); name a local folder, or use {EMBEDDED!r}"
         ) from error
     for path in Path(snapshot).iterdir():
         if path.is_file():  # hub folders hold links into its blob store: the base must stand alone
@@ -264,7 +263,8 @@ def _check(folder: Path) -> None:
         ) from error
     if architecture != ARCHITECTURE:
         raise BaseModelError(
-            f"model_type={architecture!r} in {folder / 'config.json'}: must be {ARCHITECTURE!r}; use a Qwen2.5 model or {EMBEDDED!r}"
+            f"model_type={architecture!r} in {folder / 'config.json'}: must be {ARCHITECTURE!r}; "
+            f"use a Qwen2.5 model or {EMBEDDED!r}"
         )
     if not any(folder.glob("*.safetensors")):
         raise BaseModelError(
@@ -297,7 +297,7 @@ def _write_provenance(folder: Path, kept: Mapping[str, Any]) -> None:
 
 
 def _hashes(folder: Path, known: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The base's sha256, and each part's size, time and hash. Parts of `known` size and time are not read again."""
+    """The base's sha256, and each part's size, time and hash. Unchanged parts of `known` are not re-read."""
     files: dict[str, Any] = {}
     for path in sorted({path for part in _PARTS for path in folder.glob(part)}):
         stat = path.stat()

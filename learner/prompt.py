@@ -1,7 +1,7 @@
 """How a record becomes token ids: once, for training, evaluation and serving alike.
 
-The tokenizer's own chat template decides the form. Text that comes from outside is never read as control tokens: a
-prompt that spells out `<|im_end|>` stays text, so nobody can end their turn and speak as the system.
+The tokenizer's own chat template decides the form. Text that comes from outside is never read as control
+tokens: a prompt that spells out `<|im_end|>` stays text, so nobody can end their turn and be the system.
 """
 
 import re
@@ -11,10 +11,10 @@ from typing import Any
 
 from learner.errors import BaseModelError
 
-# Private-use characters: no template holds them, so what the template does around a message can be cut out exactly.
+# Private-use characters: no template holds them, so what stands around a message can be cut out exactly.
 _MARK = "\ue000{}\ue001"
 _MARK_RE = r"\ue000(\d+)\ue001"
-# Contents on which cutting the template open must equal applying it. A template that trims or rewrites fails here.
+# Contents on which cutting the template open must equal applying it. A template that trims fails here.
 _PROBES = ("hi", " two  words \n", "\n\nu\u0308 <b>\t", "")
 
 
@@ -39,7 +39,7 @@ class Renderer:
     def __init__(self, tokenizer: Any, system: str | None = None) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise BaseModelError(
-                "tokenizer.chat_template=None: must be set; use an instruct model or add chat_template.jinja to its folder"
+                "tokenizer.chat_template=None: must be set; use an instruct model, or add chat_template.jinja"
             )
         self.tokenizer = tokenizer
         self.system = system
@@ -49,7 +49,7 @@ class Renderer:
         self._special_re = re.compile("|".join(map(re.escape, by_length)) if specials else r"(?!)")
         self._skeletons: dict[tuple[str, ...], tuple[_Slot | int | str, ...]] = {}
         self.end_id: int = self._end_of_turn()
-        # False: the template rewrites contents, so it is applied as it is and control tokens are cut from the text.
+        # False: the template rewrites contents. It is applied as it is, to text without control tokens.
         self._open = all(
             self._fill(probe_messages) == self._apply(probe_messages)
             for probe_messages in (self._with_system([{"role": "user", "content": p}]) for p in _PROBES)
@@ -109,12 +109,13 @@ class Renderer:
         except jinja2.TemplateError as error:
             roles = [m["role"] for m in messages]
             raise BaseModelError(
-                f"chat template with roles={roles}: refused ({error}); leave out the system prompt or alternate the turns"
+                f"chat template with roles={roles}: refused ({error}); "
+                "leave out the system prompt or alternate the turns"
             ) from error
         return text
 
     def _fill(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Put contents into the opened template. Text between two control tokens is tokenised in one piece, as a whole."""
+        """Put contents into the opened template. Text between control tokens is tokenised in one piece."""
         ids: list[int] = []
         text = ""
         for piece in self._skeleton(tuple(m["role"] for m in messages)):

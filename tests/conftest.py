@@ -2,7 +2,7 @@
 
 import os
 
-# Before anything imports torch or the hub client. Tests run beside each other on few cores, and never on the network.
+# Before anything imports torch or the hub client. Tests share few cores, and never use the network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"

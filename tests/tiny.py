@@ -1,4 +1,4 @@
-"""A random tiny model of Qwen2.5's architecture with the real Qwen2.5 tokenizer: small enough for every test."""
+"""A random tiny model of Qwen2.5's architecture with the real Qwen2.5 tokenizer, for every test."""
 
 import base64
 from importlib.metadata import files
@@ -6,25 +6,42 @@ from pathlib import Path
 
 from learner.base import Base, prepare_base
 
-# Qwen2.5's split pattern: single digits, letters with one leading non-letter, runs of punctuation, white space.
+# Qwen2.5's split pattern: single digits, letters after one non-letter, runs of punctuation, white space.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"] + [
-    f"<|{name}|>"
-    for name in (
-        "object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start vision_end "
-        "vision_pad image_pad video_pad"
-    ).split()
+CONTROL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
 ]
 # Tokens of their own, but ordinary ones: the tokenizer does not hide them when decoding.
-ORDINARY = ["<tool_call>", "</tool_call>"] + [
-    f"<|{name}|>" for name in "fim_prefix fim_middle fim_suffix fim_pad repo_name file_sep".split()
+ORDINARY = [
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
 ]
 TEMPLATE = """\
 {%- if messages[0].role != 'system' %}
-{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
+{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. ' }}
+{{- 'You are a helpful assistant.<|im_end|>\\n' }}
 {%- endif %}
 {%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
