@@ -89,6 +89,31 @@ class Adapter:
         """What `B A x` is multiplied by before it is added."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
+    def max_abs_delta(self, parent: "Adapter | None" = None) -> float:
+        """The largest change of any weight of the base against `parent` (None: the bare base).
+
+        Compares what is added to each linear layer, so different ranks compare too. 0 means that the round
+        trained nothing; NaN or infinity that a product overflowed.
+        """
+        adapters = (self, parent) if parent else (self,)
+        modules = {name.rpartition(".lora_")[0] for adapter in adapters for name in adapter.weights}
+        changes = []
+        for module in modules:
+            change = self._added(module)
+            if parent:
+                change = change - parent._added(module)  # noqa: SLF001 - another of this very class
+            changes.append(float(abs(change).max()))
+        return next((change for change in changes if not math.isfinite(change)), max(changes))
+
+    def _added(self, module: str) -> "Tensor":
+        """What this adapter adds to a linear layer's weight: (out, in), or zero when it leaves it alone."""
+        import torch
+
+        down, up = (self.weights.get(f"{module}.lora_{matrix}.weight") for matrix in "AB")
+        if down is None or up is None:
+            return torch.zeros(())
+        return self.scaling * (up.float() @ down.float())
+
 
 def weight_name(layer: int, target: str, matrix: str) -> str:
     """The name on disk of matrix "A" or "B" of one adapted linear layer."""

@@ -218,3 +218,19 @@ def test_what_peft_saves_is_read(tiny, tmp_path):
 def test_an_adapter_survives_a_copy(adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "copy")
     assert adapter_sha256(tmp_path / "copy") == adapter_sha256(adapter)
+
+
+def test_the_change_against_base_and_parent_is_measured(tiny, adapter, tmp_path):
+    first = read_adapter(adapter, base=tiny)
+    a, b = (first.weights[Q.replace("lora_A", f"lora_{m}")] for m in "AB")
+    assert first.max_abs_delta() >= float((2 * b @ a).abs().max()) > 0
+    assert first.max_abs_delta(first) == 0
+    weights = random_weights() | random_weights(layers=(0,), targets=("q_proj", "v_proj", "down_proj"))
+    weights[weight_name(0, "q_proj", "A")] *= 1000
+    write_adapter(tmp_path / "next", Settings(), weights, tiny)
+    second = read_adapter(tmp_path / "next", base=tiny)
+    a, b = (second.weights[weight_name(0, "q_proj", m)] for m in "AB")
+    assert second.max_abs_delta(first) == first.max_abs_delta(second) == float((2 * (b @ a)).abs().max())
+    untrained = {name: w * ("lora_A" in name) for name, w in random_weights().items()}
+    write_adapter(tmp_path / "zero", Settings(), untrained, tiny)
+    assert read_adapter(tmp_path / "zero").max_abs_delta() == 0
