@@ -6,17 +6,14 @@ A manifest is a file in git. Its commit on the lane's ref is the only moment at 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ingest.errors import RepositoryError
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
-_POLICY_KEYS: Final = frozenset(
-    {"unit", "epsilon", "delta", "orders", "caps", "horizon", "attempts", "holdout_share", "nominal_units"}
-)
 
 
 class _Part(BaseModel):
@@ -65,6 +62,24 @@ class DataFile(_Part):
     split: Literal["train", "holdout", "set_aside"]
 
 
+class FrozenPolicy(_Part):
+    """The privacy policy a block was sealed under: `ingest` freezes it, `privacy` understands it."""
+
+    # Kept whole, also what a newer version adds: the ledger compares it with what it knows of the block.
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    unit: Literal["record", "user"]
+    epsilon: Annotated[float, Field(gt=0)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    orders: tuple[int, ...]
+    caps: tuple[float, ...]
+    horizon: str
+    attempts: Annotated[int, Field(ge=1)]
+    replay_share: Annotated[float, Field(ge=0, lt=1)]
+    holdout_share: Annotated[float, Field(ge=0, lt=1)]
+    nominal_units: Count
+
+
 class Manifest(_Part):
     """One sealed block."""
 
@@ -80,24 +95,14 @@ class Manifest(_Part):
     counts: Counts
     files: tuple[DataFile, ...]
     nonce: Annotated[str, Field(pattern=r"^[0-9a-f]{32,}$")]
-    # A plain value: `ingest` freezes it, `privacy` understands it.
-    policy: dict[str, Any]
+    policy: FrozenPolicy
     sealed_at: str = ""
-
-    @field_validator("policy")
-    @classmethod
-    def _plain(cls, policy: dict[str, Any]) -> dict[str, Any]:
-        if missing := _POLICY_KEYS - policy.keys():
-            raise ValueError(f"policy lacks {', '.join(sorted(missing))}")
-        # Tuples become lists now, so that the value equals itself after a round trip through the file.
-        plain: dict[str, Any] = json.loads(json.dumps(policy, allow_nan=False))
-        return plain
 
     @model_validator(mode="after")
     def _nominal(self) -> Self:
-        if self.policy["nominal_units"] != self.nominal_units:
+        if self.policy.nominal_units != self.nominal_units:
             raise ValueError(
-                f"policy.nominal_units={self.policy['nominal_units']}, offsets span {self.nominal_units}"
+                f"policy.nominal_units={self.policy.nominal_units}, offsets span {self.nominal_units}"
             )
         return self
 

@@ -1,0 +1,94 @@
+"""Records as Parquet files: the only file importing pyarrow.
+
+Beside the contract's fields a row holds `_partition` and `_offset`, to check a block against the topic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ingest.errors import DataCorrupt
+from ingest.record import Record
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+Row = tuple[int, int, Record]
+"""Partition, offset, record."""
+
+_FIELDS: Final = tuple(Record.model_fields)
+_SCHEMA: Final = pa.schema(
+    [
+        ("_partition", pa.int32()),
+        ("_offset", pa.int64()),
+        ("schema_version", pa.int32()),
+        ("event_id", pa.string()),
+        ("user_id", pa.string()),
+        ("domain", pa.string()),
+        ("prompt", pa.string()),
+        ("completion", pa.string()),
+        ("label", pa.string()),
+        ("occurred_at", pa.string()),
+        ("attributes", pa.map_(pa.string(), pa.string())),
+    ]
+)
+
+
+def fsync_path(path: Path) -> None:
+    """Make a file, or a folder's list of names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """Lower-case hex sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> str:
+    """Write rows durably; returns the file's sha256."""
+    columns: dict[str, list[Any]] = {
+        "_partition": [partition for partition, _, _ in rows],
+        "_offset": [offset for _, offset, _ in rows],
+    }
+    for name in _FIELDS:
+        columns[name] = [getattr(record, name) for _, _, record in rows]
+    columns["attributes"] = [None if a is None else list(a.items()) for a in columns["attributes"]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns, schema=_SCHEMA), path, compression="zstd")
+    fsync_path(path)
+    fsync_path(path.parent)
+    return file_sha256(path)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read what :func:`write_rows` wrote, in the same order.
+
+    Raises:
+        DataCorrupt: the file is missing or is no Parquet file of records.
+    """
+    try:
+        table = pq.read_table(path, partitioning=None)
+        columns = {name: table.column(name).to_pylist() for name in _SCHEMA.names}
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise DataCorrupt(
+            f"{path}: unreadable ({type(error).__name__}); restore it with `dvc pull`"
+        ) from None
+    columns["attributes"] = [None if a is None else dict(a) for a in columns["attributes"]]
+    contract = [columns[name] for name in _FIELDS]
+    # Written by us and checked by sha256: not validated a second time.
+    records = [
+        Record.model_construct(**dict(zip(_FIELDS, values, strict=True)))
+        for values in zip(*contract, strict=True)
+    ]
+    return list(zip(columns["_partition"], columns["_offset"], records, strict=True))
