@@ -1,0 +1,419 @@
+"""The model registry as the rest of Tidegate sees it: versions with their evidence, stages, adapters.
+
+Everything but registering speaks MLflow's REST API by itself: serving polls `versions` once a second, and
+`import mlflow` costs seconds. Registering uses MLflow's client, which knows every artifact store. Credentials
+are MLflow's own: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import requests
+
+from registry.approvals import Approval, Approvals
+from registry.errors import PromotionRefused, RegistryError, RegistryUnavailable, UnknownVersion
+from registry.promotion import ADAPTER_FOLDER, Promotions, Trust, pick
+from registry.states import ARCHIVED, PRODUCTION, STAGING, ModelVersion
+
+# A registry that does not answer within this is down: serving goes on with what it has, a command says so.
+CONNECT_TIMEOUT_S = 2.0
+READ_TIMEOUT_S = 10.0
+# Copying and hashing an adapter behind a transition takes longer than reading rows.
+TRANSITION_TIMEOUT_S = 60.0
+_API = "/api/2.0/mlflow"
+# MLflow's own maximum is 200,000; one request for any stream's versions.
+_PAGE_ROWS = 10_000
+# Column width of MLflow's model_versions.description: PostgreSQL refuses more.
+DESCRIPTION_CHARS_MAX = 5000
+_EVIDENCE = "evidence"
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a round hands to the registry.
+
+    Attributes:
+        model: registered model; made when it does not exist.
+        adapter_dir: folder with peft's two files.
+        tags: the version's tags, set in the same request that makes it.
+        description_md: markdown; a link or image naming one of `artifacts` is pointed at it.
+        artifacts: evidence by file name, kept in the version's run.
+        metrics: numbers of the run. `params`: settings of the run.
+    """
+
+    model: str
+    round_id: str
+    attempt: int
+    adapter_dir: Path
+    tags: Mapping[str, str]
+    description_md: str
+    artifacts: Mapping[str, bytes] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    params: Mapping[str, str] = field(default_factory=dict)
+
+
+class MlflowStore:
+    """One MLflow server.
+
+    Args:
+        tracking_uri: `http://…` or `https://…`; the guard may run there or not (a managed MLflow).
+    """
+
+    def __init__(self, tracking_uri: str) -> None:
+        self._uri = tracking_uri.rstrip("/")
+        self._session = requests.Session()
+        self._session.headers["Accept"] = "application/json"
+        # Loopback must not go through a proxy that the environment names for the outside.
+        self._session.trust_env = urlsplit(self._uri).hostname not in {"127.0.0.1", "localhost", "::1"}
+        user, token = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_TOKEN")
+        if user:
+            self._session.auth = (user, os.environ.get("MLFLOW_TRACKING_PASSWORD", ""))
+        elif token:
+            self._session.headers["Authorization"] = f"Bearer {token}"
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._session.close()
+
+    def versions(self, model: str) -> list[ModelVersion]:
+        """Every version of a model, newest first; empty when the model does not exist. One request."""
+        query = {"filter": f"name='{model}'", "max_results": _PAGE_ROWS, "order_by": "version_number DESC"}
+        found = self._call("GET", f"{_API}/model-versions/search", params=query).get("model_versions", ())
+        return [_version(entry) for entry in found]
+
+    def register(self, candidate: Candidate) -> int:
+        """Make a version with its adapter and evidence; a round and attempt that has one answers that.
+
+        Returns:
+            its number. Its stage is None until `to_staging` or `archive`.
+
+        Raises:
+            RegistryUnavailable: MLflow does not answer.
+            RegistryError: it refuses, or the adapter's files are missing.
+        """
+        for version in self.versions(candidate.model):
+            same_round = version.tag("round_id") == candidate.round_id
+            if same_round and version.tag("attempt") == str(candidate.attempt):
+                return version.version
+        with _mlflow_errors(self._uri):
+            return _register(self._uri, candidate)
+
+    def to_staging(self, model: str, version: int) -> None:
+        """Show a passed candidate where a person looks for it."""
+        self.move(model, version, STAGING)
+
+    def archive(self, model: str, version: int, *, state: str) -> None:
+        """Put a version away as failed, undecided, stale or superseded. A person's no is `reject`."""
+        self.set_tag(model, version, "tidegate.state", state)
+        self._transition(model, version, ARCHIVED, {"tidegate_state": state})
+
+    def promote(
+        self,
+        model: str,
+        version: int,
+        *,
+        why: str,
+        who: str,
+        approvals: Approvals | None = None,
+        trust: Trust | None = None,
+    ) -> Approval:
+        """Ask for a version to go live, or back to live; answers the signed approval.
+
+        With the guard in MLflow, it decides and signs. Without (a managed MLflow), the same checks run here
+        and are
+        signed into `approvals`, which then must be given, with `trust`.
+
+        Raises:
+            PromotionRefused: with the sentence that says why and what to do.
+            UnknownVersion, RegistryUnavailable, RegistryError.
+        """
+        if not self.guarded():
+            return self._desk(approvals, trust).promote(model, version, who=who, why=why)
+        self._transition(model, version, PRODUCTION, {"archive_existing_versions": True}, who=who, why=why)
+        return self._newest_approval(model)
+
+    def reject(
+        self,
+        model: str,
+        version: int,
+        *,
+        why: str,
+        who: str,
+        approvals: Approvals | None = None,
+        trust: Trust | None = None,
+    ) -> Approval:
+        """Say no to a waiting candidate, for good.
+
+        Raises:
+            PromotionRefused: it is no waiting candidate.
+            UnknownVersion, RegistryUnavailable, RegistryError.
+        """
+        chosen = pick(self.versions(model), model, version)
+        if chosen.state != "candidate":
+            raise PromotionRefused(
+                f"{model} version {version} is {chosen.state or 'of no known state'}: "
+                f"only a candidate can be rejected"
+            )
+        if not self.guarded():
+            return self._desk(approvals, trust).reject(model, version, to_stage=ARCHIVED, who=who, why=why)
+        self._transition(model, version, ARCHIVED, {}, who=who, why=why)
+        return self._newest_approval(model)
+
+    def guarded(self) -> bool:
+        """Whether the guard runs in this MLflow."""
+        response = self._send("GET", "/tidegate/health")
+        if response.status_code == requests.codes.ok:
+            return True
+        if response.status_code == requests.codes.not_found:
+            return False
+        raise _error(response, self._uri)
+
+    def set_alias(self, model: str, alias: str, version: int) -> None:
+        """Point an alias at a version; serving sets `live` to what really answers."""
+        self._call(
+            "POST",
+            f"{_API}/registered-models/alias",
+            json={"name": model, "alias": alias, "version": str(version)},
+        )
+
+    def set_tag(self, model: str, version: int, key: str, value: str) -> None:
+        """Set a tag of a version."""
+        self._call(
+            "POST",
+            f"{_API}/model-versions/set-tag",
+            json={"name": model, "version": str(version), "key": key, "value": value},
+        )
+
+    def move(self, model: str, version: int, stage: str, *, archive_existing: bool = False) -> None:
+        """Set a stage as MLflow does it; a guard still has its say."""
+        self._transition(model, version, stage, {"archive_existing_versions": archive_existing})
+
+    def fetch_adapter(self, model: str, version: int, dest: Path) -> Path:
+        """Download the adapter's two files into `dest`; the caller checks the sha256.
+
+        Raises:
+            RegistryError: a file is missing there. RegistryUnavailable: no answer. Then `dest` is as it was.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            for name in _ADAPTER_FILES:
+                self._download(model, version, f"{ADAPTER_FOLDER}/{name}", Path(folder) / name)
+            dest.mkdir(parents=True, exist_ok=True)
+            for name in _ADAPTER_FILES:
+                shutil.copyfile(Path(folder) / name, dest / name)
+        return dest
+
+    def _desk(self, approvals: Approvals | None, trust: Trust | None) -> Promotions:
+        if approvals is None or trust is None:
+            raise RegistryError(
+                f"mlflow={self._uri}: no guard runs there, so the decision must be signed here: "
+                f"use `tidegate approve` in the workspace that holds the keys"
+            )
+        return Promotions(self, approvals, trust)
+
+    def _newest_approval(self, model: str) -> Approval:
+        rows = self._call("GET", "/tidegate/approvals", params={"model": model})["approvals"]
+        return dict(rows[-1])
+
+    def _transition(
+        self, model: str, version: int, stage: str, more: Mapping[str, Any], *, who: str = "", why: str = ""
+    ) -> None:
+        headers = {"X-Tidegate-User": quote(who), "X-Tidegate-Why": quote(why)}
+        self._call(
+            "POST",
+            f"{_API}/model-versions/transition-stage",
+            json={"name": model, "version": str(version), "stage": stage, **more},
+            headers={name: value for name, value in headers.items() if value},
+            timeout=(CONNECT_TIMEOUT_S, TRANSITION_TIMEOUT_S),
+        )
+
+    def _download(self, model: str, version: int, path: str, dest: Path) -> None:
+        query = {"name": model, "version": str(version), "path": path}
+        with self._send("GET", "/model-versions/get-artifact", params=query, stream=True) as response:
+            if response.status_code != requests.codes.ok:
+                raise _error(response, self._uri)
+            try:
+                with dest.open("wb") as out:
+                    for chunk in response.iter_content(1 << 20):
+                        out.write(chunk)
+            except requests.RequestException as error:
+                raise _unavailable(self._uri, error) from error
+
+    def _call(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        response = self._send(method, path, **options)
+        if response.status_code != requests.codes.ok:
+            raise _error(response, self._uri)
+        try:
+            return dict(response.json())
+        except (ValueError, TypeError) as error:
+            raise RegistryUnavailable(
+                f"mlflow={self._uri}: {path} did not answer JSON: no MLflow server; see service.mlflow.uri"
+            ) from error
+
+    def _send(self, method: str, path: str, **options: Any) -> requests.Response:
+        options.setdefault("timeout", (CONNECT_TIMEOUT_S, READ_TIMEOUT_S))
+        try:
+            return self._session.request(method, self._uri + path, **options)
+        except requests.RequestException as error:
+            raise _unavailable(self._uri, error) from error
+
+
+def _register(uri: str, candidate: Candidate) -> int:
+    """Run with evidence → logged model with the adapter → version with tags and description, in that order.
+
+    The version comes last and whole: what is half done when this dies is an orphan nobody sees.
+    """
+    for name in _ADAPTER_FILES:
+        if not (candidate.adapter_dir / name).is_file():
+            raise RegistryError(f"adapter {candidate.adapter_dir}: {name} is missing; nothing was registered")
+    with _fast_failures():
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param
+
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        experiment = client.get_experiment_by_name(candidate.model)
+        experiment_id = experiment.experiment_id if experiment else client.create_experiment(candidate.model)
+        run_name = f"{candidate.round_id}.{candidate.attempt}"
+        run_id = client.create_run(experiment_id, run_name=run_name).info.run_id
+        at_ms = int(datetime.now(UTC).timestamp() * 1000)
+        client.log_batch(
+            run_id,
+            metrics=[Metric(key, float(value), at_ms, 0) for key, value in candidate.metrics.items()],
+            params=[Param(key, str(value)) for key, value in candidate.params.items()],
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in candidate.artifacts.items():
+                (Path(folder) / name).write_bytes(content)
+            client.log_artifacts(run_id, folder, _EVIDENCE)
+        logged = client.create_logged_model(experiment_id, name="adapter", source_run_id=run_id)
+        with tempfile.TemporaryDirectory() as folder:
+            for name in _ADAPTER_FILES:
+                shutil.copyfile(candidate.adapter_dir / name, Path(folder) / name)
+            client.log_model_artifacts(logged.model_id, folder, ADAPTER_FOLDER)
+        client.finalize_logged_model(logged.model_id, "READY")
+        client.set_terminated(run_id)
+        _ensure_model(client, candidate.model)
+        made = client.create_model_version(
+            candidate.model,
+            f"models:/{logged.model_id}",
+            run_id=run_id,
+            tags=dict(candidate.tags),
+            description=_describe(candidate, run_id),
+            model_id=logged.model_id,
+        )
+        return int(made.version)
+
+
+def _ensure_model(client: Any, model: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(model)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _describe(candidate: Candidate, run_id: str) -> str:
+    """The description with links to artifacts by name turned into links MLflow's page can load."""
+
+    def target(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in candidate.artifacts:
+            return match.group(0)
+        return f"](get-artifact?path={_EVIDENCE}/{quote(name)}&run_uuid={run_id})"
+
+    text = re.sub(r"\]\(([^)\s]+)\)", target, candidate.description_md)
+    if len(text) <= DESCRIPTION_CHARS_MAX:
+        return text
+    note = f"\n\n(Cut here; the whole report is in the run's artifacts, folder `{_EVIDENCE}`.)"
+    whole_lines = text[: DESCRIPTION_CHARS_MAX - len(note)].rsplit("\n", 1)[0]
+    return whole_lines + note
+
+
+@contextmanager
+def _fast_failures() -> Iterator[None]:
+    """MLflow's client retries for minutes by default; here a registry that is down is said to be down."""
+    wanted = {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update({name: value for name, value in wanted.items() if before[name] is None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+
+
+@contextmanager
+def _mlflow_errors(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except requests.RequestException as error:
+        raise _unavailable(uri, error) from error
+    except RegistryError:
+        raise
+    except Exception as error:
+        from mlflow.exceptions import MlflowException, RestException
+
+        if isinstance(error, RestException):
+            raise RegistryError(f"mlflow={uri}: refused to register: {error.message}") from error
+        if isinstance(error, MlflowException):
+            raise RegistryUnavailable(f"mlflow={uri}: not registered: {error.message}") from error
+        raise
+
+
+def _version(entry: Mapping[str, Any]) -> ModelVersion:
+    created = datetime.fromtimestamp(int(entry["creation_timestamp"]) / 1000, UTC)
+    return ModelVersion(
+        version=int(entry["version"]),
+        stage=entry.get("current_stage", "None"),
+        tags={tag["key"]: tag.get("value", "") for tag in entry.get("tags", ())},
+        created_at=created.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        run_id=entry.get("run_id", ""),
+        aliases=tuple(entry.get("aliases", ())),
+        description=entry.get("description", ""),
+    )
+
+
+def _unavailable(uri: str, error: Exception) -> RegistryUnavailable:
+    kind = "no answer in time" if isinstance(error, requests.Timeout) else "cannot be reached"
+    return RegistryUnavailable(
+        f"mlflow={uri}: {kind}; start it by `tidegate up` or `tidegate mlflow`, or see service.mlflow.uri"
+    )
+
+
+def _error(response: requests.Response, uri: str) -> RegistryError:
+    """MLflow's JSON error, or plain text of its middleware, as one of ours."""
+    try:
+        body = response.json()
+        code, message = str(body.get("error_code")), str(body.get("message"))
+    except (ValueError, AttributeError):
+        code, message = "", " ".join(response.text[:300].split())
+    if code == "RESOURCE_DOES_NOT_EXIST":
+        return UnknownVersion(message)
+    if response.status_code == requests.codes.unauthorized:
+        return RegistryError(
+            f"mlflow={uri}: wants a login; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    if response.status_code == requests.codes.forbidden:
+        return PromotionRefused(message)
+    if response.status_code >= requests.codes.internal_server_error:
+        return RegistryUnavailable(
+            f"mlflow={uri}: failed with {response.status_code}: {message}; see its log"
+        )
+    return RegistryError(f"mlflow={uri}: {response.status_code} {code}: {message}")

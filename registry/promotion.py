@@ -1,0 +1,370 @@
+"""Who may go to Production, and in which order it happens: for the guard and for `tidegate approve`.
+
+A version goes live only on signed documents, never on a tag or a stage alone:
+    verdict    signed by a verdict key, passed, about this very adapter, made against what is live now
+    receipt    signed by a receipt key, about this very adapter, with a finite epsilon
+    adapter    the sha256 of what MLflow's artifact store holds equals both
+or the version was approved before (a rollback): then its adapter and receipt must still be intact.
+
+Order of a promotion, all of it under one lock (`Approvals.deciding`):
+    1. check everything                      nothing has changed yet
+    2. append the signed approval            durable; the decision exists
+    3. tag it onto the version               serving finds it there
+    4. move the stage, archive the old one   one transaction of MLflow's
+    5. tidy up: states of all it touches     shown to people, trusted by nobody
+The approval comes before the move on purpose. A crash between 2 and 4 leaves a decision that was not carried
+out: the old version stays in Production with its own approval, and the next decision begins with `settle`,
+which adds a row saying that the move never happened. The other order would leave a version in Production that
+nobody signed for.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+
+from learner.adapter import adapter_sha256
+from learner.errors import AdapterError
+from privacy.errors import PrivacyError
+from privacy.signing import PublicKey, TrustedKeys
+from registry import states
+from registry.approvals import Approval, Approvals, Standing, Verifier
+from registry.approvals import standing as standing_of
+from registry.errors import PromotionRefused, RegistryError, UnknownVersion
+from registry.states import PRODUCTION, Change, ModelVersion, State
+
+log = structlog.get_logger()
+
+# The folder inside a version's artifacts that holds the adapter's two files.
+ADAPTER_FOLDER = "adapter"
+SYSTEM = "tidegate"
+
+
+class Registry(Protocol):
+    """What promotion needs of MLflow: in its own process (the guard), or over REST."""
+
+    def versions(self, model: str) -> list[ModelVersion]:
+        """Every version of a model."""
+
+    def move(self, model: str, version: int, stage: str, *, archive_existing: bool = False) -> None:
+        """Set a stage, unchecked."""
+
+    def set_tag(self, model: str, version: int, key: str, value: str) -> None:
+        """Set a tag of a version."""
+
+    def fetch_adapter(self, model: str, version: int, dest: Path) -> Path:
+        """Copy the version's adapter files into a folder."""
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Whose signatures count for what. Keys are kept apart: a receipt's key cannot sign a verdict."""
+
+    verdicts: Verifier
+    receipts: Verifier
+
+    @classmethod
+    def from_dir(cls, keys: Path) -> "Trust":
+        """Public keys by their file names: `verdicts*.pub` and `receipts*.pub`.
+
+        Raises:
+            SignatureError: one of the files holds no Ed25519 public key.
+        """
+        verdicts, receipts = (
+            TrustedKeys(PublicKey.load(file) for file in sorted(keys.glob(f"{purpose}*.pub")))
+            for purpose in ("verdicts", "receipts")
+        )
+        return cls(verdicts, receipts)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A promotion that may happen: as what kind, of which adapter."""
+
+    kind: str
+    adapter_sha256: str
+
+
+@dataclass(frozen=True)
+class Promotions:
+    """Promotion, rejection and withdrawal in one registry, written to one history."""
+
+    registry: Registry
+    approvals: Approvals
+    trust: Trust
+
+    def promote(self, model: str, version: int, *, who: str, why: str) -> Approval:
+        """Put a version into Production, alone: a candidate, or by rollback one that was live before.
+
+        Asking again for what is live already changes nothing and answers the approval it has (a lost
+        response, retried).
+
+        Raises:
+            PromotionRefused: the sentence names what does not hold and the way out. Nothing has changed.
+            RegistryError: MLflow or the history failed; either nothing has changed or `settle` will say so.
+        """
+        with self.approvals.deciding():
+            self._settle(model)
+            versions = self.registry.versions(model)
+            chosen = pick(versions, model, version)
+            standing = self.approvals.standing(model)
+            if _is_live(chosen, standing):
+                return standing.live or {}
+            decision = self._decide(model, chosen, standing)
+            approval = self.approvals.append(
+                model=model,
+                version=version,
+                adapter_sha256=decision.adapter_sha256,
+                from_stage=chosen.stage,
+                to_stage=PRODUCTION,
+                who=who,
+                why=why,
+                kind=decision.kind,
+            )
+            try:
+                self.registry.set_tag(model, version, "tidegate.approval", json.dumps(approval))
+                self.registry.move(model, version, PRODUCTION, archive_existing=True)
+            except Exception:
+                self._settle(model)
+                if pick(self.registry.versions(model), model, version).stage != PRODUCTION:
+                    raise
+            self._tidy(model, versions, states.promote(versions, version))
+            log.info(
+                "version approved", model=model, version=version, kind=decision.kind, seq=approval["seq"]
+            )
+            return approval
+
+    def withdraw(self, model: str, version: int, *, to_stage: str, who: str, why: str) -> Approval:
+        """Take the live version out of Production, none in its place: the bare base answers."""
+        with self.approvals.deciding():
+            self._settle(model)
+            versions = self.registry.versions(model)
+            chosen = pick(versions, model, version)
+            approval = self._record(model, chosen, to_stage=to_stage, who=who, why=why, kind="rollback")
+            try:
+                self.registry.move(model, version, to_stage)
+            except Exception:
+                self._settle(model)
+                raise
+            self._tidy(model, versions, states.withdraw(versions, version), keep_stage_of=version)
+            return approval
+
+    def reject(self, model: str, version: int, *, to_stage: str, who: str, why: str) -> Approval:
+        """Say no to a waiting candidate.
+
+        Raises:
+            PromotionRefused: it is none.
+        """
+        with self.approvals.deciding():
+            versions = self.registry.versions(model)
+            chosen = pick(versions, model, version)
+            try:
+                changes = states.reject(versions, version)
+            except ValueError as error:
+                raise PromotionRefused(f"{model} {error}; nothing was changed") from None
+            approval = self._record(model, chosen, to_stage=to_stage, who=who, why=why, kind="reject")
+            self.registry.move(model, version, to_stage)
+            self._tidy(model, versions, changes, keep_stage_of=version)
+            return approval
+
+    def settle(self, model: str) -> None:
+        """Add the row a crash left out: a promotion that never reached MLflow, an unrecorded withdrawal."""
+        with self.approvals.deciding():
+            self._settle(model)
+
+    def _record(
+        self, model: str, chosen: ModelVersion, *, to_stage: str, who: str, why: str, kind: str
+    ) -> Approval:
+        return self.approvals.append(
+            model=model,
+            version=chosen.version,
+            adapter_sha256=chosen.adapter_sha256,
+            from_stage=chosen.stage,
+            to_stage=to_stage,
+            who=who,
+            why=why,
+            kind=kind,
+        )
+
+    def _settle(self, model: str) -> None:
+        history = self.approvals.history(model)
+        live = standing_of(history).live
+        last = live or (history[-1] if history and history[-1]["from"] == PRODUCTION else None)
+        if last is None:
+            return
+        found = next((v for v in self.registry.versions(model) if v.version == last["version"]), None)
+        stage = found.stage if found else states.ARCHIVED
+        # The state tag is written after the move: without it the move never happened.
+        shown_live = found is not None and found.state is State.LIVE
+        if live is not None and stage != PRODUCTION:
+            kind, why = (
+                ("rollback", "found outside Production: moved past the guard")
+                if shown_live or found is None
+                else ("reject", "approved, but MLflow never moved it")
+            )
+            self._append(last, from_stage=PRODUCTION, to_stage=stage, who=SYSTEM, why=why, kind=kind)
+        elif live is None and last["kind"] == "rollback" and stage == PRODUCTION and shown_live:
+            why = "withdrawn, but MLflow never moved it"
+            self._append(
+                last, from_stage=last["to"], to_stage=PRODUCTION, who=SYSTEM, why=why, kind="rollback"
+            )
+
+    def _append(
+        self, last: Approval, *, from_stage: str, to_stage: str, who: str, why: str, kind: str
+    ) -> None:
+        self.approvals.append(
+            model=last["model"],
+            version=last["version"],
+            adapter_sha256=last["adapter_sha256"],
+            from_stage=from_stage,
+            to_stage=to_stage,
+            who=who,
+            why=why,
+            kind=kind,
+        )
+        log.warning("history settled", model=last["model"], version=last["version"], why=why)
+
+    def _decide(self, model: str, chosen: ModelVersion, standing: Standing) -> Decision:
+        """Check everything a version must prove; says no with the first thing that does not hold."""
+        name = f"{model} version {chosen.version}"
+        earlier = standing.approved.get(chosen.version)
+        if earlier is not None:
+            sha, kind = str(earlier["adapter_sha256"]), "rollback"
+        else:
+            _refuse_state(name, chosen, self.approvals.history(model))
+            sha, kind = _passed(name, chosen, standing, self.trust.verdicts), "promote"
+        _receipted(name, chosen, sha, self.trust.receipts)
+        self._intact(name, model, chosen, sha)
+        return Decision(kind, sha)
+
+    def _intact(self, name: str, model: str, chosen: ModelVersion, sha: str) -> None:
+        if chosen.adapter_sha256 != sha:
+            raise PromotionRefused(
+                f"{name}: its tag names adapter {_short(chosen.adapter_sha256)}, its documents "
+                f"{_short(sha)}; the tag was changed: set it back, or promote another version"
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                stored = adapter_sha256(self.registry.fetch_adapter(model, chosen.version, Path(folder)))
+            except (AdapterError, RegistryError) as error:
+                raise PromotionRefused(
+                    f"{name}: its adapter cannot be read from the artifact store ({error}); "
+                    f"restore it, or promote another version"
+                ) from error
+        if stored != sha:
+            raise PromotionRefused(
+                f"{name}: the stored adapter has sha256 {_short(stored)}, its verdict was about "
+                f"{_short(sha)}; the artifact was changed: restore it, or promote another version"
+            )
+
+    def _tidy(
+        self, model: str, versions: Iterable[ModelVersion], changes: Iterable[Change], keep_stage_of: int = 0
+    ) -> None:
+        """Write what people see. It decides nothing: a failure here is logged and the decision stands."""
+        stage = {v.version: v.stage for v in versions}
+        for change in changes:
+            try:
+                self.registry.set_tag(model, change.version, "tidegate.state", change.state)
+                moved = change.state in {State.LIVE, State.RETIRED} or change.version == keep_stage_of
+                if not moved and stage[change.version] != change.stage:
+                    self.registry.move(model, change.version, change.stage)
+            except Exception as error:  # noqa: BLE001 - the decision is signed and carried out
+                log.warning("state not shown", model=model, version=change.version, error=str(error))
+
+
+def pick(versions: Iterable[ModelVersion], model: str, number: int) -> ModelVersion:
+    """One version by its number.
+
+    Raises:
+        UnknownVersion: the model has no such version.
+    """
+    known = {v.version: v for v in versions}
+    if number not in known:
+        raise UnknownVersion(f"{model} version {number}: there is none; it has {sorted(known) or 'none yet'}")
+    return known[number]
+
+
+def signed_tag(version: ModelVersion, tag: str, keys: Verifier, name: str) -> dict[str, Any]:
+    """The payload of a signed tag.
+
+    Raises:
+        PromotionRefused: missing, not JSON, or its signature does not hold.
+    """
+    text = version.tag(tag)
+    if not text:
+        raise PromotionRefused(
+            f"{name} has no signed {tag}; it did not come out of a round: promote a version that did"
+        )
+    try:
+        document = json.loads(text)
+        return keys.verify(document)
+    except (ValueError, TypeError, KeyError, PrivacyError) as error:
+        raise PromotionRefused(
+            f"{name}: its {tag} does not verify ({error}); it was changed or signed by an unknown key: "
+            f"promote another version, or add the key to the workspace's keys"
+        ) from error
+
+
+def _is_live(chosen: ModelVersion, standing: Standing) -> bool:
+    return (
+        chosen.stage == PRODUCTION
+        and bool(standing.live)
+        and (standing.live or {})["version"] == chosen.version
+    )
+
+
+def _refuse_state(name: str, chosen: ModelVersion, history: Iterable[Approval]) -> None:
+    for row in history:
+        if row["version"] == chosen.version and row["kind"] == "reject" and row["from"] != PRODUCTION:
+            raise PromotionRefused(
+                f"{name} was rejected by {row['who']} at {row['when']} ({row['why'] or 'no reason given'}); "
+                f"a rejection is final: promote a version of a later round"
+            )
+    if chosen.state is State.SUPERSEDED:
+        raise PromotionRefused(f"{name} is superseded: a newer candidate took its place; promote that one")
+
+
+def _passed(name: str, chosen: ModelVersion, standing: Standing, keys: Verifier) -> str:
+    """The adapter a passed verdict is about, when it was judged against what is live."""
+    verdict = signed_tag(chosen, "verdict", keys, name)
+    if verdict.get("outcome") != "passed":
+        raise PromotionRefused(
+            f"{name} cannot go to Production: its signed verdict says {verdict.get('outcome')}; "
+            f"read the gates on its page, and promote a version that passed"
+        )
+    live = standing.live["adapter_sha256"] if standing.live else ""
+    if (verdict.get("parent_sha256") or "") != live:
+        now = f"version {standing.live['version']} is live now" if standing.live else "no version is live now"
+        raise PromotionRefused(
+            f"{name} is stale: it was trained from {_short(verdict.get('parent_sha256'))}, but {now}; "
+            f"wait for the next round, or roll back to its parent first"
+        )
+    return str(verdict.get("adapter_sha256"))
+
+
+def _receipted(name: str, chosen: ModelVersion, sha: str, keys: Verifier) -> None:
+    receipt = signed_tag(chosen, "receipt", keys, name)
+    if receipt.get("adapter_sha256") != sha:
+        raise PromotionRefused(
+            f"{name}: its privacy receipt is about adapter {_short(receipt.get('adapter_sha256'))}, "
+            f"its verdict about {_short(sha)}; promote a version whose documents agree"
+        )
+    epsilon = receipt.get("guarantee", {}).get("epsilon")
+    try:
+        finite = isfinite(float(epsilon))
+    except (TypeError, ValueError):
+        finite = False
+    if not finite:
+        raise PromotionRefused(
+            f"{name} has no privacy guarantee (epsilon={epsilon}): it was trained with reproducible "
+            f"test noise; promote a version of a real round"
+        )
+
+
+def _short(sha: Any) -> str:
+    return str(sha)[:12] if sha else "the bare base"

@@ -1,0 +1,207 @@
+"""MLflow with the guard as a child process: safe defaults, gone when its parent is gone.
+
+Two processes: the `mlflow` command and the one uvicorn worker it starts (MLflow's default is fifteen). The
+guard is in the worker; both ask the kernel to end them with their parent. Start it from a thread that lives
+as long as the server should: Linux counts the death of the starting thread as the parent's.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import requests
+import structlog
+
+from ingest.child import die_with_parent
+from registry.errors import ServerFailed
+
+log = structlog.get_logger()
+
+# Importing MLflow takes seconds on a quiet core; the first start also makes the database's 60 tables.
+START_TIMEOUT_S = 180.0
+# A worker ends within a second when it is idle; a long artifact upload may take some more.
+STOP_TIMEOUT_S = 15.0
+_POLL_S = 0.2
+_LOG_TAIL_LINES = 5
+
+
+class MlflowServer:
+    """`mlflow server` on SQLite with its artifacts in `WORKSPACE/mlflow`; a context manager.
+
+    Args:
+        workspace: the workspace's folder.
+        host: address to listen on; loopback unless told otherwise.
+        port: 0 takes a free one.
+        approvals_url: SQLAlchemy URL of the history of approvals; default `approvals.db` in the workspace.
+        keys_dir: default `keys` in the workspace.
+        public_names: further host names under which browsers reach it, such as `mlflow.example.org`.
+    """
+
+    def __init__(
+        self,
+        workspace: Path,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 5000,
+        approvals_url: str | None = None,
+        keys_dir: Path | None = None,
+        public_names: Sequence[str] = (),
+    ) -> None:
+        self._root = workspace.resolve()
+        self._host = host
+        self._port = port or _free_port(host)
+        self._approvals_url = approvals_url or f"sqlite:///{self._root / 'approvals.db'}"
+        self._keys = (keys_dir or self._root / "keys").resolve()
+        self._names = ("localhost", "127.0.0.1", "[::1]", *public_names)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Its address for clients on this machine; also MLflow's tracking URI."""
+        host = "127.0.0.1" if self._host in {"0.0.0.0", "::"} else self._host  # noqa: S104 - not bound
+        return f"http://{host}:{self._port}"
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the `mlflow` command while it runs."""
+        return self._process.pid if self._process else None
+
+    @property
+    def log_file(self) -> Path:
+        """What MLflow and the guard print."""
+        return self._root / "run" / "mlflow.log"
+
+    def start(self) -> None:
+        """Start it and wait until the guard answers.
+
+        Raises:
+            ServerFailed: the port is taken, the process ended, or it did not answer in time.
+        """
+        _refuse_taken(self._host, self._port)
+        for folder in (self._root / "mlflow" / "artifacts", self.log_file.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        with self.log_file.open("ab") as out:
+            self._process = subprocess.Popen(
+                self._command(),
+                env=self._environment(),
+                cwd=self._root / "mlflow",
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the parent, which then stops this in order
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - one prctl call, no locks
+            )
+        try:
+            self._wait_healthy()
+        except BaseException:
+            self.stop()
+            raise
+        log.info("mlflow started", url=self.url, pid=self.pid)
+
+    def check(self) -> None:
+        """Raise ServerFailed when the process has ended."""
+        if self._process is None:
+            raise ServerFailed(f"mlflow {self.url}: not started")
+        code = self._process.poll()
+        if code is not None:
+            raise ServerFailed(
+                f"mlflow {self.url}: ended with code {code}; see {self.log_file}: {self._tail()}"
+            )
+
+    def stop(self) -> None:
+        """End it in order; after `STOP_TIMEOUT_S` by force. Stopping twice is nothing."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            log.warning("mlflow killed", pid=process.pid, after_s=STOP_TIMEOUT_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the worker, should the command have died before it
+        process.wait()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _command(self) -> list[str]:
+        hosts = [form for name in self._names for form in (name, f"{name}:{self._port}")]
+        origins = [f"{scheme}://{host}" for scheme in ("http", "https") for host in hosts]
+        home = self._root / "mlflow"
+        return [
+            *(sys.executable, "-m", "mlflow", "server", "--app-name", "tidegate"),
+            *("--host", self._host, "--port", str(self._port), "--workers", "1"),
+            # Serving asks once a second: a line each would be the whole log.
+            *("--uvicorn-opts", "--no-access-log"),
+            *("--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}"),
+            *("--serve-artifacts", "--artifacts-destination", str(home / "artifacts")),
+            *("--allowed-hosts", ",".join(hosts), "--cors-allowed-origins", ",".join(origins)),
+        ]
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "TIDEGATE_WORKSPACE": str(self._root),
+            "TIDEGATE_KEYS": str(self._keys),
+            "TIDEGATE_APPROVALS_URL": self._approvals_url,
+            "TIDEGATE_MLFLOW_CHILD": "1",
+            # Thirteen further processes and 2.5 GB, for jobs nobody here starts.
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def _wait_healthy(self) -> None:
+        session = requests.Session()
+        session.trust_env = False  # a proxy has no business between a process and its child
+        deadline = time.monotonic() + START_TIMEOUT_S
+        with session:
+            while time.monotonic() < deadline:
+                self.check()
+                try:
+                    # 401: MLflow's own authentication is on, and answers; so does the guard behind it.
+                    if session.get(f"{self.url}/tidegate/health", timeout=2).status_code in {200, 401}:
+                        return
+                except requests.RequestException:
+                    pass
+                time.sleep(_POLL_S)
+        raise ServerFailed(
+            f"mlflow {self.url}: no answer after {START_TIMEOUT_S:.0f} s; see {self.log_file}: {self._tail()}"
+        )
+
+    def _tail(self) -> str:
+        lines = self.log_file.read_text(errors="replace").splitlines()
+        return " | ".join(line.strip() for line in lines[-_LOG_TAIL_LINES:] if line.strip()) or "empty"
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServerFailed(
+                f"mlflow port={port}: cannot listen on {host} ({error.strerror}); "
+                f"stop what uses it, or set service.mlflow.port in params.yaml"
+            ) from None

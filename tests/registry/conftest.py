@@ -1,0 +1,122 @@
+"""Real MLflow servers, real keys, tiny real adapters; documents signed as a round would sign them."""
+
+import itertools
+import json
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from learner.adapter import adapter_sha256
+from privacy.signing import SigningKey
+from registry.mlflow_store import Candidate, MlflowStore
+from registry.server import MlflowServer
+
+PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c63f8cfc0f01f00"
+    "050001ff89993d1d0000000049454e44ae426082"
+)
+_seeds = itertools.count(1)
+
+
+def write_adapter(folder: Path, seed: int) -> str:
+    """A safetensors file with one two-number tensor, and peft's config; its sha256."""
+    folder.mkdir(parents=True, exist_ok=True)
+    header = json.dumps({"lora_A.weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    weights = struct.pack("<Q", len(header)) + header + struct.pack("<ff", seed, -seed)
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1}))
+    return adapter_sha256(folder)
+
+
+@dataclass
+class World:
+    """A workspace, and a store that speaks to an MLflow started on it."""
+
+    root: Path
+    store: MlflowStore
+    rounds: itertools.count = field(default_factory=lambda: itertools.count(1))
+
+    def key(self, purpose: str) -> SigningKey:
+        (self.root / "keys").mkdir(exist_ok=True)
+        return SigningKey.load_or_create(self.root / "keys" / f"{purpose}.pem")
+
+    def documents(self, sha: str, parent: str = "", outcome: str = "passed", **changes) -> dict[str, str]:
+        """The tags of a version that came out of a round."""
+        verdict = {"adapter_sha256": sha, "parent_sha256": parent or None, "outcome": outcome, "gates": []}
+        guarantee = {"unit": "record", "adjacency": "null", "epsilon": 8.0, "delta": 1e-5}
+        receipt = {"plan_hash": "0" * 64, "adapter_sha256": sha, "ledger_head": "0" * 64, "guarantee": guarantee}
+        state = "candidate" if outcome == "passed" else outcome
+        return {
+            "tidegate.state": state,
+            "tidegate.adapter_sha256": sha,
+            "tidegate.parent_sha256": parent,
+            "tidegate.verdict": json.dumps(self.key("verdicts").sign(verdict)),
+            "tidegate.receipt": json.dumps(self.key("receipts").sign(receipt)),
+        } | changes
+
+    def candidate(self, model: str, parent: str = "", outcome: str = "passed", tags=None) -> tuple[int, str]:
+        """Register what a round made; passed ones go to Staging. Returns (version, adapter sha256)."""
+        round_id = f"{model}-{next(self.rounds)}"
+        folder = self.root / "made" / round_id
+        sha = write_adapter(folder, next(_seeds))
+        given = self.documents(sha, parent, outcome) if tags is None else tags(sha)
+        version = self.store.register(
+            Candidate(
+                model=model,
+                round_id=round_id,
+                attempt=1,
+                adapter_dir=folder,
+                tags=given | {"tidegate.round_id": round_id, "tidegate.attempt": "1"},
+                description_md="## Verdict: passed\n\n| gate | value |\n|---|---|\n| accuracy | 0.83 |\n\n"
+                "![accuracy per domain](accuracy.png)\n",
+                artifacts={"accuracy.png": PNG},
+                metrics={"accuracy": 0.83},
+                params={"sigma": "0.98"},
+            )
+        )
+        if given.get("tidegate.state") == "candidate":
+            self.store.to_staging(model, version)
+        return version, sha
+
+    def stages(self, model: str) -> dict[int, str]:
+        return {v.version: v.stage for v in self.store.versions(model)}
+
+    def states(self, model: str) -> dict[int, str]:
+        return {v.version: v.tag("state") for v in self.store.versions(model)}
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """A workspace whose MLflow runs with the guard."""
+    root = tmp_path_factory.mktemp("ws")
+    (root / "keys").mkdir()
+    with MlflowServer(root, port=0) as server:
+        store = MlflowStore(server.url)
+        world = World(root, store)
+        world.server = server
+        yield world
+        store.close()
+
+
+@pytest.fixture(scope="module")
+def unguarded(tmp_path_factory):
+    """A workspace and an MLflow that takes no plugin, as a managed one."""
+    root = tmp_path_factory.mktemp("managed")
+    (root / "keys").mkdir()
+    with PlainMlflow(root, port=0) as server:
+        store = MlflowStore(server.url)
+        yield World(root, store)
+        store.close()
+
+
+class PlainMlflow(MlflowServer):
+    """The same server without `--app-name tidegate`."""
+
+    health_path = "/health"
+
+    def _command(self) -> list[str]:
+        command = super()._command()
+        at = command.index("--app-name")
+        return command[:at] + command[at + 2 :]
