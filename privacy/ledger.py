@@ -117,6 +117,12 @@ class Ledger:
         with self._engine.begin() as db:
             return self._policies(db, [block_id]).get(block_id) is not None
 
+    def blocks(self, stream: str) -> list[str]:
+        """Ids of a stream's registered blocks, in order of id."""
+        query = sa.select(tables.blocks.c.block_id).where(tables.blocks.c.stream == stream)
+        with self._engine.begin() as db:
+            return sorted(str(name) for name in db.execute(query).scalars())
+
     def policy(self, block_id: str) -> Policy:
         """The frozen policy of a block.
 
@@ -263,7 +269,9 @@ class Ledger:
     def _agree(row: LedgerRow, plan_hash: str, states: Sequence[str]) -> None:
         name = f"round={row.round_id} attempt={row.attempt}"
         if row.plan_hash != plan_hash:
-            raise LedgerConflict(f"{name}: plan_hash={plan_hash[:16]} but the ledger has {row.plan_hash[:16]}; use attempt+1")
+            raise LedgerConflict(
+                f"{name}: plan_hash={plan_hash[:16]} but the ledger has {row.plan_hash[:16]}; use attempt+1"
+            )
         if row.state not in states:
             raise LedgerConflict(f"{name}: is {row.state}; must be {' or '.join(states)}")
 
@@ -281,7 +289,19 @@ class Ledger:
     ) -> LedgerRow:
         seq, before = self._head(db)
         at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        fields = (seq + 1, stream, round_id, attempt, state, plan_hash, noise_source, adapter_sha256, at, charges, before)
+        fields = (
+            seq + 1,
+            stream,
+            round_id,
+            attempt,
+            state,
+            plan_hash,
+            noise_source,
+            adapter_sha256,
+            at,
+            charges,
+            before,
+        )
         row = LedgerRow(*fields, hash=LedgerRow(*fields, hash="").computed_hash())
         values = {k: v for k, v in asdict(row).items() if k != "charges"}
         db.execute(sa.insert(tables.ledger).values(**values))
@@ -309,9 +329,7 @@ class Ledger:
         charged: dict[int, list[Charge]] = {}
         for entry in db.execute(beside):
             charged.setdefault(entry.seq, []).append(Charge(entry.block_id, entry.q, entry.sigma, entry.steps))
-        return [
-            LedgerRow(**row._asdict(), charges=tuple(charged.get(row.seq, ()))) for row in db.execute(query)
-        ]
+        return [LedgerRow(**row._asdict(), charges=tuple(charged.get(row.seq, ()))) for row in db.execute(query)]
 
     @staticmethod
     def _policies(db: sa.Connection, names: Iterable[str]) -> dict[str, Policy]:

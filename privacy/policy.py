@@ -105,5 +105,7 @@ class Policy:
             for a, b in zip(bounds, policy.caps, strict=True)
         )
         if not same:
-            raise PolicyError(f"frozen policy: caps {bounds} are not those of epsilon={policy.epsilon}, delta={policy.delta}")
+            raise PolicyError(
+                f"frozen policy: caps {bounds} are not those of epsilon={policy.epsilon}, delta={policy.delta}"
+            )
         return policy

@@ -148,5 +148,7 @@ class TrustedKeys:
             signature = base64.urlsafe_b64decode(str(signed["signature"]))
             Ed25519PublicKey.from_public_bytes(key.raw).verify(signature, canonical(body))
         except (InvalidSignature, binascii.Error, ValueError):
-            raise SignatureError(f"key_id={signed['key_id']}: signature does not match; the value was changed") from None
+            raise SignatureError(
+                f"key_id={signed['key_id']}: signature does not match; the value was changed"
+            ) from None
         return {name: value for name, value in body.items() if name != "key_id"}

@@ -15,7 +15,11 @@ BUSY_SECONDS = 30.0
 
 metadata = sa.MetaData()
 blocks = sa.Table(
-    "blocks", metadata, sa.Column("block_id", sa.String), sa.Column("stream", sa.String), sa.Column("policy", sa.Text)
+    "blocks",
+    metadata,
+    sa.Column("block_id", sa.String),
+    sa.Column("stream", sa.String),
+    sa.Column("policy", sa.Text),
 )
 ledger = sa.Table(
     "ledger",
@@ -58,7 +62,9 @@ def open_database(url: str) -> sa.Engine:
     try:
         engine = sa.create_engine(url, pool_pre_ping=True)
     except (sa.exc.ArgumentError, ImportError) as error:
-        raise LedgerError(f"ledger url={_safe(url)}: {' '.join(str(error).split())[:200]}; see service.ledger.url") from None
+        raise LedgerError(
+            f"ledger url={_safe(url)}: {' '.join(str(error).split())[:200]}; see service.ledger.url"
+        ) from None
     if engine.dialect.name == "sqlite":
         sa.event.listen(engine, "connect", _durable)
         sa.event.listen(engine, "begin", _begin)

@@ -150,9 +150,7 @@ def _unfinished(service: Service, stream: str) -> RoundPlan | None:
     return None
 
 
-def _train(
-    service: Service, plan: RoundPlan, base: Base, tell: Progress, test_seed: int | None
-) -> Trained:
+def _train(service: Service, plan: RoundPlan, base: Base, tell: Progress, test_seed: int | None) -> Trained:
     """Reserve, start, train, commit; on a resume that is not exact, the same again as the next attempt."""
     from learner.errors import ResumeRefused
 
@@ -163,9 +161,7 @@ def _train(
         return _attempt(service, plan, base, tell, test_seed)
     except ResumeRefused as reason:
         again = replace(plan, attempt=plan.attempt + 1)
-        log.warning(
-            "new attempt", stream=plan.stream, round=plan.round_id, attempt=again.attempt, reason=str(reason)
-        )
+        log.warning("new attempt", stream=plan.stream, round=plan.round_id, attempt=again.attempt, reason=str(reason))
         shutil.rmtree(service.workspace.checkpoints(plan.round_id, plan.attempt), ignore_errors=True)
         _write(service.workspace.rounds(plan.round_id) / "plan.json", again.as_json())
         return _attempt(service, again, base, tell, test_seed)
@@ -229,9 +225,7 @@ def _attempt(service: Service, plan: RoundPlan, base: Base, tell: Progress, test
     kept = service.workspace.adapters / output.adapter_sha256
     if not kept.exists():
         shutil.copytree(output.adapter_dir, kept)
-    ledger.commit(
-        plan.round_id, plan.attempt, plan.plan_hash, adapter_sha256=output.adapter_sha256
-    )
+    ledger.commit(plan.round_id, plan.attempt, plan.plan_hash, adapter_sha256=output.adapter_sha256)
     receipt = _receipt(service, plan, output.adapter_sha256)
     _write(service.workspace.rounds(plan.round_id) / "receipt.json", receipt)
     _destroy(key_file)

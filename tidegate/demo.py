@@ -94,7 +94,9 @@ def run(directory: Path, *, keep: bool) -> None:
         _story(script, service, supervisor)
         _summarise(script, service)
         if keep:
-            output.say(f"\nleft running: MLflow {service.mlflow_uri}, API {service.api_uri}/v1; Ctrl-C stops everything")
+            output.say(
+                f"\nleft running: MLflow {service.mlflow_uri}, API {service.api_uri}/v1; Ctrl-C stops everything"
+            )
             supervisor.watch(lambda: False)
     except KeyboardInterrupt:
         output.say("stopping")
@@ -167,7 +169,14 @@ def _story(script: Script, service: Service, supervisor: Supervisor) -> None:
         _approve(script, two, "knows the new domain, keeps the old ones")
         _answer(script, prompt, "from the second version")
         script.heading("a rollback, as the engineer on call would do it")
-        script.show("rollback", STREAM, "--to", str(one["version"]), "--why", "demonstration: back to the first version")
+        script.show(
+            "rollback",
+            STREAM,
+            "--to",
+            str(one["version"]),
+            "--why",
+            "demonstration: back to the first version",
+        )
         took = script.wait("rollback", lambda: _live_version(service) == f"{STREAM}@{one['version']}")
         output.say(f"the server answers with version {one['version']} again, {took:.1f} s later, same pid")
         script.summary.append(("rollback", f"to version {one['version']} in {took:.1f} s, pid {server.pid} unchanged"))

@@ -63,7 +63,12 @@ def make_plan(
         noise_source="system" if test_seed is None else "test",
     )
     log.info(
-        "round planned", stream=stream, round=plan.round_id, blocks=len(plan.blocks), sigma=plan.sigma, steps=plan.steps
+        "round planned",
+        stream=stream,
+        round=plan.round_id,
+        blocks=len(plan.blocks),
+        sigma=plan.sigma,
+        steps=plan.steps,
     )
     return plan
 
@@ -102,10 +107,7 @@ def _fresh_candidates(
 def _with_attempts_left(service: Service, stream: str, fresh: Sequence[Manifest]) -> list[Manifest]:
     """New blocks that were not yet charged as often as their policy's attempts allow."""
     charged = Counter(
-        charge.block_id
-        for row in service.ledger.rows(stream)
-        if row.state == "reserved"
-        for charge in row.charges
+        charge.block_id for row in service.ledger.rows(stream) if row.state == "reserved" for charge in row.charges
     )
     able = [m for m in fresh if charged[m.block_id] < m.policy.attempts]
     if not able:

@@ -51,7 +51,9 @@ def rebuild(service: Service, round_file: Path, out: Path) -> Rebuilt:
         made = service.workspace.adapters / receipt["adapter_sha256"]
         how = "verified (plan, data, base, ledger, receipt, verdict); its stored adapter is returned"
     if not made.is_dir():
-        raise TidegateError(f"adapters/{receipt['adapter_sha256']}: not in the workspace; fetch it from MLflow's version")
+        raise TidegateError(
+            f"adapters/{receipt['adapter_sha256']}: not in the workspace; fetch it from MLflow's version"
+        )
     _same("adapter_sha256", adapter_sha256(made), receipt["adapter_sha256"])
     _write_outputs(out, made, _read(folder / "metrics.json"))
     return Rebuilt(plan.round_id, receipt["adapter_sha256"], how)

@@ -37,7 +37,9 @@ def _previous(history: list[dict[str, object]], stream: str) -> int:
     for version in reversed(lived[:-1]):
         if version != lived[-1]:
             return version
-    raise UnknownName(f"stream={stream}: no version was live before; name one by --to, see `tidegate versions {stream}`")
+    raise UnknownName(
+        f"stream={stream}: no version was live before; name one by --to, see `tidegate versions {stream}`"
+    )
 
 
 def _without_registry(service: Service, stream: str, target: int, *, why: str, who: str) -> str:

@@ -31,7 +31,10 @@ def look(service: Service) -> dict[str, Any]:
             alarms.append(f"{part}: nothing answers at {addresses[part]}; `tidegate up` starts everything")
     for name, state in ((serving or {}).get("streams") or {}).items():
         alarms.extend(f"{name}: {alarm}" for alarm in state.get("alarms", ()))
-    streams = [_stream(service, name, (serving or {}).get("streams", {}).get(name), alarms) for name in service.settings.streams]
+    streams = [
+        _stream(service, name, (serving or {}).get("streams", {}).get(name), alarms)
+        for name in service.settings.streams
+    ]
     shown = {part: f"{'up' if up else 'DOWN'}  {addresses[part]}" for part, up in reached.items()}
     return {"service": shown, "streams": streams, "alarms": alarms}
 

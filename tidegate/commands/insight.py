@@ -80,9 +80,7 @@ def audit(given: str | None, stream: str | None, *, want_json: bool) -> None:
         output.say(f"verified  {line}")
     for name, part in report["streams"].items():
         output.say(f"\n{name}: {part['claim']}")
-        rows = [
-            (b["block"], b["claim"], f"{b['share_used']:.1%}", ", ".join(b["rounds"])) for b in part["blocks"]
-        ]
+        rows = [(b["block"], b["claim"], f"{b['share_used']:.1%}", ", ".join(b["rounds"])) for b in part["blocks"]]
         output.table("", ("block", "claim", "filter used", "rounds"), rows)
 
 
@@ -124,4 +122,6 @@ def _post(url: str, body: dict[str, object]) -> dict[str, object]:
         detail = json.loads(error.read() or b"{}").get("error", {}).get("message", error.reason)
         raise TidegateError(f"{url}: {error.code}: {detail}") from None
     except (urllib.error.URLError, OSError) as error:
-        raise TidegateError(f"{url}: no server answers ({error}); start it by `tidegate serve` or `tidegate up`") from None
+        raise TidegateError(
+            f"{url}: no server answers ({error}); start it by `tidegate serve` or `tidegate up`"
+        ) from None

@@ -90,7 +90,9 @@ def reject(given: str | None, stream: str, version: int, *, why: str, who: str) 
 @click.option("--to", type=int, help="The version to return to; default: the one that was live before.")
 @_WHY
 @_WHO
-@click.option("--emergency", is_flag=True, help="With the registry down: from the server's own cache, reconciled later.")
+@click.option(
+    "--emergency", is_flag=True, help="With the registry down: from the server's own cache, reconciled later."
+)
 @click.pass_obj
 def rollback(given: str | None, stream: str, *, to: int | None, why: str, who: str, emergency: bool) -> None:
     """Return STREAM to a version that was approved before. No restart; the server swaps within a second."""
