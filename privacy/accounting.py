@@ -16,8 +16,6 @@ from privacy.errors import PolicyError
 # grid is coarse where neighbours convert to nearly the same epsilon.
 ORDERS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 ORDERS_MAX = 16
-# Sigma is rounded up to this many decimals: a plan is readable and never below what the budget needs.
-SIGMA_DECIMALS = 3
 # Below this noise the Gaussian's own Rényi divergence is beyond any budget this product accepts.
 SIGMA_MIN = 0.05
 SIGMA_MAX = 10_000.0
@@ -139,7 +137,7 @@ def calibrate(
     def enough(sigma: float) -> bool:
         return all(fits(spent, rdp(q, sigma, steps, orders), bounds) for q, spent, bounds, orders in demands)
 
-    unit = 10**SIGMA_DECIMALS
+    unit = 1000  # three decimals
     low, high = int(SIGMA_MIN * unit), int(SIGMA_MAX * unit)
     if not enough(high / unit):
         return None

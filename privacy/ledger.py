@@ -379,10 +379,11 @@ class Ledger:
 
 def _explain(round_id: str, missing: Sequence[Shortfall]) -> str:
     parts = [
-        f"{m.block_id} (used {m.share_used:.1%}, asked {m.share_asked:.1%}, over by {m.share_used + m.share_asked - 1:.1%})"
+        f"{m.block_id} (used {m.share_used:.1%}, asked {m.share_asked:.1%}, "
+        f"over by {m.share_used + m.share_asked - 1:.1%})"
         for m in missing
     ]
     return (
-        f"round={round_id}: blocks {', '.join(parts)} cannot pay; must stay within 100% of the filter sealed with each; "
+        f"round={round_id}: blocks {', '.join(parts)} cannot pay; must stay within 100% of the sealed filter; "
         f"raise sigma, lower the sampling rate or the steps, leave them out, or wait for new blocks"
     )

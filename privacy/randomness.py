@@ -138,7 +138,8 @@ class KeyedStream:
             angle = 2.0 * np.pi * second
             total[:pairs] += radius * np.cos(angle)
             total[pairs:] += radius * np.sin(angle)
-        return total[:n] / np.sqrt(SUMMANDS)
+        normals: NDArray[np.float64] = total[:n] / np.sqrt(SUMMANDS)
+        return normals
 
 
 def _derive(secret: bytes, info: bytes) -> bytes:

@@ -63,7 +63,7 @@ class LazyGroup(click.Group):
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Start here: `tidegate init DIR && cd DIR && tidegate up`. Each command teaches itself: `tidegate round --help`.",
+    epilog="Start here: `tidegate init DIR && cd DIR && tidegate up`. Each command has `--help`.",
 )
 @click.option(
     "-w",
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - what is not expected is raised again
         _show(error)
 
 

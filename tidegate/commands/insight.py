@@ -64,7 +64,7 @@ def lineage(given: str | None, what: str, *, stream: str | None, want_json: bool
 @_JSON
 @click.pass_obj
 def audit(given: str | None, stream: str | None, *, want_json: bool) -> None:
-    """Recompute from the ledger's rows what was spent: per block and stream, the claim and the share of the filter used.
+    """Recompute what was spent from the ledger's rows: per block and stream, the claim and the filter's share used.
 
     The hash chain of the ledger, the chain of approvals and all their signatures are verified first.
     """

@@ -78,7 +78,7 @@ def broker(given: str | None) -> None:
 @click.command()
 @click.pass_obj
 def mlflow(given: str | None) -> None:
-    """Run MLflow with the promotion guard alone. One worker, jobs off, loopback unless service.mlflow.host says more."""
+    """Run MLflow with the promotion guard alone: one worker, jobs off, loopback unless service.mlflow.host says so."""
     from registry.server import MlflowServer
 
     service = _open(given)
@@ -111,7 +111,7 @@ def ingest(given: str | None, stream: str, *, blocks: int | None, idle: float | 
 @click.command()
 @click.pass_obj
 def learn(given: str | None) -> None:
-    """Run rounds of all streams on their schedule (learner.schedule_seconds). A round runs when new blocks are there."""
+    """Run rounds of all streams every learner.schedule_seconds; a round runs when new blocks are there."""
     from tidegate.scheduler import run_schedule
 
     run_schedule(_open(given), _stop_on_signals())
