@@ -1,0 +1,163 @@
+"""The two halves of a base model: what lies below the lowest adapted layer, and the rest.
+
+Autograd stops at the lowest adapted layer, so the activations entering it are constants of a record: computed once a
+round and kept, they spare every later step the lower layers. The cache holds fp32 as computed, so it changes nothing.
+
+Sequences are padded on the right. Under causal attention a real token then never sees a padded one, and what padded
+positions produce is neither read nor differentiated: no padding mask is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learner.errors import RoundError
+
+_BYTES_PER_NUMBER = 4
+
+
+class SplitModel:
+    """Runs a `Qwen2ForCausalLM` in two parts, split below layer `lowest`.
+
+    Raises:
+        RoundError: the model's attention is not plain causal sdpa (its mask would be left out silently).
+    """
+
+    def __init__(self, model: Any, lowest: int) -> None:
+        attention = model.config._attn_implementation  # noqa: SLF001 - transformers has no public name for it
+        kinds = set(model.config.layer_types)
+        if attention != "sdpa" or kinds != {"full_attention"}:
+            raise RoundError(
+                f"attention={attention}/{','.join(sorted(kinds))}: must be sdpa/full_attention; "
+                "load the base with learner.base.load_model"
+            )
+        self._decoder = model.model
+        self._head = model.lm_head.weight  # (V, H)
+        self._lowest = lowest
+
+    def lower(self, ids: Tensor) -> Tensor:
+        """(B, T) token ids to (B, T, H), the input of the lowest adapted layer."""
+        with torch.no_grad():
+            hidden: Tensor = self._decoder.embed_tokens(ids)
+            return self._run(hidden, self._decoder.layers[: self._lowest])
+
+    def upper(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """(B, T, H) from `lower` to the final norm's input (B, C, H) at these positions (B, C).
+
+        Only what predicts a completion token is looked at, so the last layer is run for those positions alone: its
+        keys and values come from every position, its queries and its MLP from the C wanted ones.
+        """
+        layers = self._decoder.layers
+        return self._run_last(self._run(hidden, layers[self._lowest : -1]), layers[-1], positions)
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        """The final norm, on any (..., H)."""
+        out: Tensor = self._decoder.norm(hidden)
+        return out
+
+    @property
+    def head(self) -> Tensor:
+        """(V, H)."""
+        head: Tensor = self._head
+        return head
+
+    def _run(self, hidden: Tensor, layers: Any) -> Tensor:
+        positions = torch.arange(hidden.shape[1])[None]  # (1, T)
+        rotary = self._decoder.rotary_emb(hidden, positions)
+        for layer in layers:
+            # sdpa without a mask is causal (transformers: is_causal)
+            hidden = layer(hidden, attention_mask=None, position_embeddings=rotary, position_ids=positions)
+        return hidden
+
+    def _run_last(self, hidden: Tensor, layer: Any, positions: Tensor) -> Tensor:
+        """Qwen2's decoder layer with queries at `positions` (B, C) only; (B, C, H)."""
+        from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+
+        attention = layer.self_attn
+        every = torch.arange(hidden.shape[1])[None]  # (1, T)
+        normed = layer.input_layernorm(hidden)
+        query = _heads(attention.q_proj(_at(normed, positions)), attention.head_dim)  # (B, heads, C, d)
+        key = _heads(attention.k_proj(normed), attention.head_dim)  # (B, kv heads, T, d)
+        value = _heads(attention.v_proj(normed), attention.head_dim)
+        query, _ = apply_rotary_pos_emb(query, query, *self._decoder.rotary_emb(hidden, positions))
+        _, key = apply_rotary_pos_emb(key, key, *self._decoder.rotary_emb(hidden, every))
+        groups = attention.num_key_value_groups
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            query,
+            key.repeat_interleave(groups, dim=1),
+            value.repeat_interleave(groups, dim=1),
+            attn_mask=(every[:, None] <= positions[:, :, None])[:, None],  # (B, 1, C, T): causal
+            scale=attention.scaling,
+        )
+        residual = _at(hidden, positions) + attention.o_proj(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = residual + layer.mlp(layer.post_attention_layernorm(residual))
+        return out
+
+
+def _heads(x: Tensor, head_dim: int) -> Tensor:
+    """(B, T, heads * d) to (B, heads, T, d)."""
+    return x.unflatten(2, (-1, head_dim)).transpose(1, 2)
+
+
+def _at(hidden: Tensor, positions: Tensor) -> Tensor:
+    """(B, T, H) at (B, C) to (B, C, H)."""
+    return hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[2]))
+
+
+class PrefixCache:
+    """Inputs of the lowest adapted layer, one (T, H) tensor per record, up to a bound; beyond it they are recomputed.
+
+    Args:
+        model: the split model.
+        examples: token ids per record.
+        bytes_max: memory the cache may take.
+    """
+
+    def __init__(self, model: SplitModel, examples: Sequence[Sequence[int]], bytes_max: int) -> None:
+        self._model = model
+        self._examples = examples
+        self._bytes_left = bytes_max
+        self._kept: dict[int, Tensor] = {}
+
+    def fill(self, wanted: Sequence[int], tokens_max: int) -> None:
+        """Compute the records `wanted`, shortest first, until the bound; the order is fixed, so a resumed round has the same cache.
+
+        With nothing below the lowest adapted layer there is nothing to keep but embeddings, which are looked up faster.
+        """
+        if self._model._lowest == 0:  # noqa: SLF001 - the other half of this file
+            return
+        order = sorted(wanted, key=lambda i: (len(self._examples[i]), i))
+        batch: list[int] = []
+        for index in order:
+            if batch and len(self._examples[index]) * (len(batch) + 1) > tokens_max:
+                self._keep(batch)
+                batch = []
+            batch.append(index)
+        if batch:
+            self._keep(batch)
+
+    def _keep(self, batch: Sequence[int]) -> None:
+        if self._bytes_left <= 0:
+            return
+        hidden = self._model.lower(padded([self._examples[i] for i in batch]))
+        for row, index in enumerate(batch):
+            kept = hidden[row, : len(self._examples[index])].clone()
+            self._bytes_left -= kept.numel() * _BYTES_PER_NUMBER
+            if self._bytes_left < 0:
+                return
+            self._kept[index] = kept
+
+    def hidden(self, indices: Sequence[int]) -> Tensor:
+        """(B, T, H) for these records, padded on the right."""
+        if any(i not in self._kept for i in indices):
+            return self._model.lower(padded([self._examples[i] for i in indices]))
+        return torch.nn.utils.rnn.pad_sequence([self._kept[i] for i in indices], batch_first=True)
+
+
+def padded(examples: Sequence[Sequence[int]]) -> Tensor:
+    """(B, T) ids, right-padded with id 0, which is never looked at."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(e) for e in examples], batch_first=True)

@@ -1,0 +1,189 @@
+"""One private step: per-unit gradients, one clip each, their sum, one draw of Gaussian noise, a constant divisor.
+
+This is the sampled Gaussian mechanism of DP-SGD (Abadi et al. 2016): sensitivity C in the sum, noise sigma * C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from learner.sampling import PhysicalBatch, Unit, draw, split
+
+if TYPE_CHECKING:
+    from learner.lora import LoraModel
+    from learner.prefix import PrefixCache, SplitModel
+    from privacy.randomness import KeyedStream
+
+# A sum of squares over a 400,000-long fp32 row is off by 5e-5, enough to exceed C: chunks of this size are summed in fp64.
+NORM_CHUNK = 4096
+# Above this norm the factor C / norm would be a denormal fp32 number, too coarse to hold the bound: as broken as NaN.
+NORM_MAX = 1e30
+# Scaling a row to norm C rounds every entry to fp32 (6e-8 relative). The bound that is charged for must hold with that.
+CLIP_MARGIN = 1.0 - 1e-6
+# Completion positions whose logits are held at a time: 256 * 151,936 * 4 bytes = 156 MB on Qwen2.5.
+LOGIT_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Example:
+    """One rendered record: token ids, and where its completion begins."""
+
+    ids: tuple[int, ...]
+    completion_start: int
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """What privacy depends on. Nothing here changes speed, nothing outside changes privacy."""
+
+    clip_norm: float
+    sigma: float
+    expected_batch: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What only speed and memory depend on."""
+
+    tokens_max: int  # padded tokens in a physical batch
+    rows_max: int  # examples in a physical batch
+
+
+class PrivateStep:
+    """Turns a step's keyed stream into the noisy mean gradient (P,).
+
+    Args:
+        lora: the model with its flat weights and gradient buffer.
+        halves: the same model, split below its lowest adapted layer.
+        cache: inputs of the upper half, per example.
+        examples: the round's rendered records.
+        units: the round's privacy units over them.
+    """
+
+    def __init__(
+        self,
+        lora: LoraModel,
+        halves: SplitModel,
+        cache: PrefixCache,
+        examples: Sequence[Example],
+        units: Sequence[Unit],
+        mechanism: Mechanism,
+        limits: Limits,
+    ) -> None:
+        self._lora = lora
+        self._halves = halves
+        self._cache = cache
+        self._examples = examples
+        self._units = units
+        self._mechanism = mechanism
+        self._limits = limits
+
+    def gradient(self, stream: KeyedStream) -> Tensor:
+        """The step's noisy mean gradient, (P,) fp32. An empty draw is noise over the expected batch."""
+        total = self.clipped_sum(draw(self._units, stream), stream)
+        noise = stream.gaussians(len(total))
+        total += torch.from_numpy(noise) * (self._mechanism.sigma * self._mechanism.clip_norm)
+        return total.div_(self._mechanism.expected_batch).float()
+
+    def clipped_sum(self, drawn: Sequence[int], stream: KeyedStream) -> Tensor:
+        """Sum of the drawn units' clipped gradients, (P,) fp64. Secret: only `gradient` may leave this object."""
+        total = torch.zeros(len(self._lora.theta), dtype=torch.float64)
+        if not drawn:
+            return total
+        lengths = [len(example.ids) for example in self._examples]
+        limits = self._limits
+        seeds = self._dropout_seeds(stream)
+        for batch in split(
+            drawn, self._units, lengths, tokens_max=limits.tokens_max, rows_max=limits.rows_max
+        ):
+            rows = self._unit_gradients(batch, seeds)
+            total += weighted_sum(rows, clip_weights(rows, self._mechanism.clip_norm))
+        return total
+
+    def _dropout_seeds(self, stream: KeyedStream) -> list[int] | None:
+        """One seed per example of the round, so that a mask depends neither on the draw nor on the split."""
+        if not self._lora.settings.dropout:
+            return None
+        uniforms = stream.uniforms(len(self._examples), "dropout")
+        return [int(seed) for seed in uniforms * 2.0**53]
+
+    def _unit_gradients(self, batch: PhysicalBatch, seeds: Sequence[int] | None) -> Tensor:
+        """(U, P): each unit's gradient, summed over its examples."""
+        if len(batch.units) == len(batch.examples) <= self._limits.rows_max:
+            return self._example_gradients(batch.examples, seeds)
+        total = torch.zeros(len(batch.units), len(self._lora.theta))
+        rows_max = self._limits.rows_max
+        for first in range(0, len(batch.examples), rows_max):
+            part = slice(first, first + rows_max)
+            rows = self._example_gradients(batch.examples[part], seeds)
+            total.index_add_(0, torch.tensor(batch.owners[part]), rows)
+        return total
+
+    def _example_gradients(self, indices: Sequence[int], seeds: Sequence[int] | None) -> Tensor:
+        """(B, P): gradient of each example's mean loss over its own completion tokens."""
+        rows = self._lora.gradients.open(len(indices), None if seeds is None else [seeds[i] for i in indices])
+        row, column, position, target, weight = completions([self._examples[i] for i in indices])
+        positions = torch.zeros(len(indices), int(column.max()) + 1, dtype=torch.long)  # (B, C), padded with 0
+        positions[row, column] = position
+        hidden = self._halves.upper(self._cache.hidden(indices), positions)  # (B, C, H)
+        leaf = hidden.detach()[row, column].requires_grad_()  # (N, H): without the padding
+        normed = self._halves.norm(leaf)
+        normed.backward(loss_gradient(normed.detach(), self._halves.head, target, weight))
+        slope = torch.zeros_like(hidden)
+        slope[row, column] = leaf.grad
+        hidden.backward(slope)
+        return rows
+
+
+def loss_gradient(hidden: Tensor, head: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """d/d hidden of sum_n weight_n * cross_entropy(hidden_n head^T, target_n), in closed form: the loss is never made.
+
+    hidden (N, H), head (V, H), target (N,), weight (N,). Logits are held for LOGIT_ROWS rows at a time.
+    """
+    grad = torch.empty_like(hidden)
+    for first in range(0, len(hidden), LOGIT_ROWS):
+        part = slice(first, first + LOGIT_ROWS)
+        slope = torch.softmax(hidden[part] @ head.t(), dim=1)  # (n, V)
+        slope[torch.arange(len(slope)), target[part]] -= 1.0
+        torch.mm(slope, head, out=grad[part])
+    return grad.mul_(weight[:, None])
+
+
+def clip_weights(rows: Tensor, clip_norm: float) -> Tensor:
+    """(U,) factors min(1, C / norm). A row that is not finite is set to zero in place and counts as a zero gradient."""
+    squares = torch.zeros(len(rows), dtype=torch.float64)
+    for chunk in rows.split(NORM_CHUNK, dim=1):
+        squares += chunk.double().square_().sum(dim=1)
+    norms = squares.sqrt_()
+    broken = ~(norms < NORM_MAX)  # also true for NaN
+    if bool(broken.any()):
+        rows[broken] = 0.0
+        norms[broken] = 0.0
+    return (clip_norm * CLIP_MARGIN / norms.clamp_(min=np.finfo(np.float64).tiny)).clamp_(max=1.0)
+
+
+def weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
+    """sum_u weights_u * rows_u, (P,) fp64."""
+    return (weights.float() @ rows).double()
+
+
+def completions(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Per completion token, each (N,): its example, its place in the completion, the position that predicts it, its id,
+    and its weight: 1 / (its own example's completion length), so that no example's loss depends on another's.
+    """
+    row, column, position, target, weight = [], [], [], [], []
+    for index, example in enumerate(examples):
+        ids, start = example.ids, example.completion_start
+        count = len(ids) - start
+        row += [index] * count
+        column += range(count)
+        position += range(start - 1, len(ids) - 1)
+        target += ids[start:]
+        weight += [1.0 / count] * count
+    return torch.tensor(row), torch.tensor(column), torch.tensor(position), torch.tensor(target), torch.tensor(weight)
