@@ -1,0 +1,222 @@
+"""What a person reads before approving: markdown for the version's page, and one plot.
+
+MLflow's page renders tables and images of the run's artifacts; the plot is linked as `accuracy.png`, by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+from evaluation.verdict import Evaluation, Gate, ModelScores, Slice
+
+if TYPE_CHECKING:
+    from learner.base import Base
+
+PLOT_NAME = "accuracy.png"
+_SEEN = {"passed": "✅ passed", "failed": "❌ FAILED", "undecided": "❔ undecided"}
+_ADVICE = {"passed": "yes", "failed": "no", "undecided": "unknown"}
+# A page is for judging, not for archives: the plan, a tag of the version, lists every block.
+_BLOCKS_SHOWN = 12
+# Okabe and Ito's palette: told apart with every form of colour blindness; markers differ too.
+_STYLE = (("candidate", "#0072B2", "o"), ("live", "#E69F00", "s"), ("base", "#000000", "^"))
+# Half the width of a 95% interval, in standard errors.
+_Z95 = 1.96
+
+
+def version_markdown(
+    evaluation: Evaluation, *, data_revision: str, blocks: Sequence[str], parent: str, base: Base
+) -> str:
+    """The evidence on one candidate, verdict first.
+
+    Args:
+        evaluation: what was found.
+        data_revision: commit of the data repository the round read.
+        blocks: ids of the blocks it trained on.
+        parent: what it was trained from, in words.
+        base: the base model.
+    """
+    parts = (
+        _verdict(evaluation),
+        _gates(evaluation),
+        _domains(evaluation),
+        _spent(evaluation),
+        _origin(evaluation, data_revision, blocks, parent, base),
+        _not_measured(evaluation),
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def plot_png(evaluation: Evaluation) -> bytes:
+    """Accuracy of candidate, live and base on every slice, with 95% intervals."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    slices = evaluation.slices
+    figure = Figure(figsize=(8, 1.6 + 0.5 * len(slices)), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for lane, (name, colour, marker) in enumerate(_STYLE):
+        shown = [(row, part, scores) for row, part in enumerate(slices) if (scores := getattr(part, name))]
+        axes.errorbar(
+            [100 * scores.accuracy.value for _, _, scores in shown],
+            [row + (lane - 1) * 0.22 for row, _, _ in shown],  # beside each other, so that none hides another
+            xerr=[100 * _Z95 * scores.accuracy.se for _, _, scores in shown],
+            fmt=marker,
+            color=colour,
+            markersize=6,
+            capsize=3,
+            label=name if shown else f"{name} (none)",
+        )
+    for row, part in enumerate(slices):
+        ends = (row - 0.4, row + 0.4)
+        axes.plot([100 * part.majority] * 2, ends, color="#999999", ls=":", label="" if row else "majority label")
+    axes.axhline(0.5, color="#cccccc", linewidth=0.8)
+    axes.set_yticks(range(len(slices)), [f"{part.domain or 'all records'}\nn = {part.n}" for part in slices])
+    axes.set_ylim(len(slices) - 0.4, -0.6)
+    axes.set_xlim(-3, 103)
+    axes.set_xlabel("accuracy, % (bars: 95% interval)")
+    axes.set_title(f"{evaluation.gate_set['name']} (public): {evaluation.outcome}", loc="left")
+    axes.grid(axis="x", color="#eeeeee")
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    out = BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def _verdict(evaluation: Evaluation) -> str:
+    head = {
+        "passed": "## ✅ Passed: a person may approve it",
+        "failed": "## ❌ Failed: it cannot be promoted",
+        "undecided": "## ❔ Undecided: too little is known to promote it",
+    }[evaluation.outcome]
+    why = "; ".join(_safe(reason) for reason in evaluation.reasons)
+    return f"{head}\n\n{why[:1].upper()}{why[1:]}.\n\n![Accuracy by domain]({PLOT_NAME})"
+
+
+def _gates(evaluation: Evaluation) -> str:
+    lines = [
+        "### Gates",
+        "",
+        "| gate | decides | result | value | ± se | n | p | must be | metric |",
+        "|---|---|---|---:|---:|---:|---:|---|---|",
+    ]
+    lines += [_gate_row(gate) for gate in evaluation.gates]
+    gate_set = evaluation.gate_set
+    lines += [
+        "",
+        f"Gate set `{gate_set['name']}`: {gate_set['data']}, {gate_set['n']} records, sha256 `{gate_set['sha256']}`.",
+        "Gains and drops are in percentage points.",
+    ]
+    return "\n".join(lines)
+
+
+def _gate_row(gate: Gate) -> str:
+    result = _SEEN[gate.outcome] if gate.hard else _ADVICE[gate.outcome]
+    cells = (
+        gate.name.replace("_", " "),
+        "yes" if gate.hard else "no",
+        result,
+        _number(gate.value),
+        _number(gate.se),
+        "-" if gate.n is None else str(gate.n),
+        _number(gate.p),
+        gate.bound,
+        gate.version,
+    )
+    return "| " + " | ".join(_safe(cell) for cell in cells) + " |"
+
+
+def _domains(evaluation: Evaluation) -> str:
+    lines = [
+        "### By domain",
+        "",
+        "Accuracy ± standard error in %, macro-F1 in brackets; the change is of accuracy, in points.",
+        "",
+        "| domain | n | majority label | base | live | candidate | against live | p, worse |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [_domain_row(part) for part in evaluation.slices]
+    return "\n".join(lines)
+
+
+def _domain_row(part: Slice) -> str:
+    gain = part.gain_over_live
+    cells = (
+        _safe(part.domain) if part.domain else "**all records**",
+        str(part.n),
+        f"{100 * part.majority:.1f}",
+        _scores(part.base),
+        _scores(part.live),
+        _scores(part.candidate),
+        f"{100 * gain.value:+.1f} ± {100 * gain.se:.1f}" if gain else "-",
+        _number(part.p_worse_than_live),
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def _spent(evaluation: Evaluation) -> str:
+    facts = evaluation.facts
+    if not facts.private:
+        return (
+            "### What was spent\n\n"
+            "**Test noise: this round guarantees no privacy at all (epsilon is infinite).** "
+            "It cannot be promoted on a private stream."
+        )
+    return (
+        "### What was spent\n\n"
+        "| sealed guarantee | protects one | share of the fullest block's filter used |\n|---|---|---:|\n"
+        f"| epsilon {facts.epsilon:g}, delta {facts.delta:g} | {_safe(facts.unit)} "
+        f"| {100 * facts.share_used:.1f}% |\n\n"
+        "The guarantee was sealed with the blocks and holds over every round that ever uses them; "
+        "the signed receipt is a tag of this version."
+    )
+
+
+def _origin(evaluation: Evaluation, revision: str, blocks: Sequence[str], parent: str, base: Base) -> str:
+    shown = ", ".join(_code(block) for block in blocks[:_BLOCKS_SHOWN])
+    more = f" and {len(blocks) - _BLOCKS_SHOWN} more" if len(blocks) > _BLOCKS_SHOWN else ""
+    source = base.provenance.get("source", "unknown")
+    return "\n".join(
+        (
+            "### Where it comes from",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| data revision | {_code(revision)} |",
+            f"| blocks ({len(blocks)}) | {shown}{more} |",
+            f"| trained from | {_safe(parent)} |",
+            f"| base model | {_safe(base.name)}, licence {_safe(base.licence)} |",
+            f"| base from | {_safe(source)} |",
+            f"| base sha256 | `{base.sha256}` |",
+            f"| adapter sha256 | `{evaluation.facts.adapter_sha256}` |",
+        )
+    )
+
+
+def _not_measured(evaluation: Evaluation) -> str:
+    return "### Not measured\n\n" + "\n".join(f"- {_safe(line)}" for line in evaluation.not_measured)
+
+
+def _scores(scores: ModelScores | None) -> str:
+    if scores is None:
+        return "-"
+    accuracy, macro_f1 = scores.accuracy, scores.macro_f1
+    return f"{100 * accuracy.value:.1f} ± {100 * accuracy.se:.1f} ({macro_f1.value:.2f})"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _safe(text: str) -> str:
+    """Text that came from outside, such as a block's id or an engine's message: it must not become markup."""
+    return re.sub(r"([\\`*\[\]<|~])", r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """The same as a code span, in which backslashes are no escapes."""
+    return f"`{re.sub(r'[`|]', '_', ' '.join(text.split()))}`"
