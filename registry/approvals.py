@@ -157,9 +157,7 @@ class Approvals:
             ApprovalsError: no signing key, an unknown kind, or the database does not take it.
         """
         if self._signer is None:
-            raise ApprovalsError(
-                f"approvals={self._where}: opened without a signing key; it can only be read"
-            )
+            raise ApprovalsError(f"approvals={self._where}: opened without a signing key; it can only be read")
         if kind not in KINDS:
             raise ApprovalsError(f"kind={kind}: must be one of {', '.join(KINDS)}")
         try:
@@ -188,9 +186,7 @@ class Approvals:
                     )
                 )
         except SQLAlchemyError as error:
-            raise ApprovalsError(
-                f"approvals={self._where}: not written ({_cause(error)}); try again"
-            ) from error
+            raise ApprovalsError(f"approvals={self._where}: not written ({_cause(error)}); try again") from error
         return signed
 
     def history(self, model: str | None = None) -> list[Approval]:
@@ -255,9 +251,7 @@ class Approvals:
                 finally:
                     connection.exec_driver_sql(f"SELECT pg_advisory_unlock({_ADVISORY_LOCK})")
         except (SQLAlchemyError, OSError) as error:
-            raise ApprovalsError(
-                f"approvals={self._where}: no lock ({_cause(error)}); check its rights"
-            ) from error
+            raise ApprovalsError(f"approvals={self._where}: no lock ({_cause(error)}); check its rights") from error
 
     def close(self) -> None:
         """Release the database's connections."""

@@ -110,9 +110,7 @@ def create_app(app: Flask = mlflow_app) -> Any:
     workspace = Path(_setting("TIDEGATE_WORKSPACE"))
     keys = Path(os.environ.get("TIDEGATE_KEYS") or workspace / "keys")
     signer = SigningKey.load_or_create(keys / "approvals.pem")
-    approvals = Approvals(
-        os.environ.get("TIDEGATE_APPROVALS_URL") or f"sqlite:///{workspace / 'approvals.db'}", signer
-    )
+    approvals = Approvals(os.environ.get("TIDEGATE_APPROVALS_URL") or f"sqlite:///{workspace / 'approvals.db'}", signer)
     # Keys are read at each decision: the first verdict may be signed after this server started.
     guard(app, lambda: Promotions(InProcess(), approvals, Trust.from_dir(keys)), approvals)
     if os.environ.get("TIDEGATE_MLFLOW_AUTH") == "basic":
@@ -217,9 +215,7 @@ def _showing_stages(front_page: View) -> View:
         response.direct_passthrough = False
         html = response.get_data(as_text=True).replace("<head>", f"<head>{_SHOW_STAGES}", 1)
         plain = Response(html, mimetype="text/html")
-        plain.headers["Cache-Control"] = (
-            "no-store"  # a page cached from an unguarded server would hide the stages
-        )
+        plain.headers["Cache-Control"] = "no-store"  # a page cached from an unguarded server would hide the stages
         return plain
 
     return page
@@ -238,9 +234,7 @@ def _who() -> str:
 
 
 def _why(body: dict[str, Any]) -> str:
-    return (
-        unquote(request.headers.get("X-Tidegate-Why", "")).strip() or str(body.get("comment") or "").strip()
-    )
+    return unquote(request.headers.get("X-Tidegate-Why", "")).strip() or str(body.get("comment") or "").strip()
 
 
 def _bookkeeping(body: dict[str, Any]) -> bool:
@@ -264,7 +258,5 @@ def _version(entity: Any) -> ModelVersion:
 def _setting(name: str) -> str:
     value = os.environ.get(name)
     if not value:
-        raise RegistryError(
-            f"{name}: not set; start MLflow by `tidegate mlflow`, or set it to the workspace's folder"
-        )
+        raise RegistryError(f"{name}: not set; start MLflow by `tidegate mlflow`, or set it to the workspace's folder")
     return value

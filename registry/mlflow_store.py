@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -85,11 +85,21 @@ class MlflowStore:
         """Close its connections."""
         self._session.close()
 
-    def versions(self, model: str) -> list[ModelVersion]:
-        """Every version of a model, newest first; empty when the model does not exist. One request."""
+    def versions(self, model: str, *, aliases: bool = True) -> list[ModelVersion]:
+        """Every version of a model, newest first; empty when the model does not exist.
+
+        Args:
+            model: registered model.
+            aliases: MLflow's search leaves them out, so they cost a second request; polling does without.
+        """
         query = {"filter": f"name='{model}'", "max_results": _PAGE_ROWS, "order_by": "version_number DESC"}
         found = self._call("GET", f"{_API}/model-versions/search", params=query).get("model_versions", ())
-        return [_version(entry) for entry in found]
+        names: dict[str, list[str]] = {}
+        if aliases and found:
+            known = self._call("GET", f"{_API}/registered-models/get", params={"name": model})
+            for entry in known["registered_model"].get("aliases", ()):
+                names.setdefault(entry["version"], []).append(entry["alias"])
+        return [_version(entry, names.get(entry["version"], ())) for entry in found]
 
     def register(self, candidate: Candidate) -> int:
         """Make a version with its adapter and evidence; a round and attempt that has one answers that.
@@ -161,8 +171,7 @@ class MlflowStore:
         chosen = pick(self.versions(model), model, version)
         if chosen.state != "candidate":
             raise PromotionRefused(
-                f"{model} version {version} is {chosen.state or 'of no known state'}: "
-                f"only a candidate can be rejected"
+                f"{model} version {version} is {chosen.state or 'of no known state'}: only a candidate can be rejected"
             )
         if not self.guarded():
             return self._desk(approvals, trust).reject(model, version, to_stage=ARCHIVED, who=who, why=why)
@@ -309,6 +318,7 @@ def _register(uri: str, candidate: Candidate) -> int:
             tags=dict(candidate.tags),
             description=_describe(candidate, run_id),
             model_id=logged.model_id,
+            await_creation_for=0,
         )
         return int(made.version)
 
@@ -348,6 +358,7 @@ def _fast_failures() -> Iterator[None]:
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update({name: value for name, value in wanted.items() if before[name] is None})
@@ -377,7 +388,7 @@ def _mlflow_errors(uri: str) -> Iterator[None]:
         raise
 
 
-def _version(entry: Mapping[str, Any]) -> ModelVersion:
+def _version(entry: Mapping[str, Any], aliases: Iterable[str]) -> ModelVersion:
     created = datetime.fromtimestamp(int(entry["creation_timestamp"]) / 1000, UTC)
     return ModelVersion(
         version=int(entry["version"]),
@@ -385,7 +396,7 @@ def _version(entry: Mapping[str, Any]) -> ModelVersion:
         tags={tag["key"]: tag.get("value", "") for tag in entry.get("tags", ())},
         created_at=created.strftime("%Y-%m-%dT%H:%M:%SZ"),
         run_id=entry.get("run_id", ""),
-        aliases=tuple(entry.get("aliases", ())),
+        aliases=tuple(aliases),
         description=entry.get("description", ""),
     )
 
@@ -407,13 +418,9 @@ def _error(response: requests.Response, uri: str) -> RegistryError:
     if code == "RESOURCE_DOES_NOT_EXIST":
         return UnknownVersion(message)
     if response.status_code == requests.codes.unauthorized:
-        return RegistryError(
-            f"mlflow={uri}: wants a login; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        )
+        return RegistryError(f"mlflow={uri}: wants a login; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
     if response.status_code == requests.codes.forbidden:
         return PromotionRefused(message)
     if response.status_code >= requests.codes.internal_server_error:
-        return RegistryUnavailable(
-            f"mlflow={uri}: failed with {response.status_code}: {message}; see its log"
-        )
+        return RegistryUnavailable(f"mlflow={uri}: failed with {response.status_code}: {message}; see its log")
     return RegistryError(f"mlflow={uri}: {response.status_code} {code}: {message}")

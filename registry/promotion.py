@@ -134,9 +134,7 @@ class Promotions:
                 if pick(self.registry.versions(model), model, version).stage != PRODUCTION:
                     raise
             self._tidy(model, versions, states.promote(versions, version))
-            log.info(
-                "version approved", model=model, version=version, kind=decision.kind, seq=approval["seq"]
-            )
+            log.info("version approved", model=model, version=version, kind=decision.kind, seq=approval["seq"])
             return approval
 
     def withdraw(self, model: str, version: int, *, to_stage: str, who: str, why: str) -> Approval:
@@ -177,9 +175,7 @@ class Promotions:
         with self.approvals.deciding():
             self._settle(model)
 
-    def _record(
-        self, model: str, chosen: ModelVersion, *, to_stage: str, who: str, why: str, kind: str
-    ) -> Approval:
+    def _record(self, model: str, chosen: ModelVersion, *, to_stage: str, who: str, why: str, kind: str) -> Approval:
         return self.approvals.append(
             model=model,
             version=chosen.version,
@@ -210,13 +206,9 @@ class Promotions:
             self._append(last, from_stage=PRODUCTION, to_stage=stage, who=SYSTEM, why=why, kind=kind)
         elif live is None and last["kind"] == "rollback" and stage == PRODUCTION and shown_live:
             why = "withdrawn, but MLflow never moved it"
-            self._append(
-                last, from_stage=last["to"], to_stage=PRODUCTION, who=SYSTEM, why=why, kind="rollback"
-            )
+            self._append(last, from_stage=last["to"], to_stage=PRODUCTION, who=SYSTEM, why=why, kind="rollback")
 
-    def _append(
-        self, last: Approval, *, from_stage: str, to_stage: str, who: str, why: str, kind: str
-    ) -> None:
+    def _append(self, last: Approval, *, from_stage: str, to_stage: str, who: str, why: str, kind: str) -> None:
         self.approvals.append(
             model=last["model"],
             version=last["version"],
@@ -311,11 +303,7 @@ def signed_tag(version: ModelVersion, tag: str, keys: Verifier, name: str) -> di
 
 
 def _is_live(chosen: ModelVersion, standing: Standing) -> bool:
-    return (
-        chosen.stage == PRODUCTION
-        and bool(standing.live)
-        and (standing.live or {})["version"] == chosen.version
-    )
+    return chosen.stage == PRODUCTION and bool(standing.live) and (standing.live or {})["version"] == chosen.version
 
 
 def _refuse_state(name: str, chosen: ModelVersion, history: Iterable[Approval]) -> None:

@@ -45,6 +45,8 @@ class MlflowServer:
         public_names: further host names under which browsers reach it, such as `mlflow.example.org`.
     """
 
+    _HEALTH = "/tidegate/health"
+
     def __init__(
         self,
         workspace: Path,
@@ -112,9 +114,7 @@ class MlflowServer:
             raise ServerFailed(f"mlflow {self.url}: not started")
         code = self._process.poll()
         if code is not None:
-            raise ServerFailed(
-                f"mlflow {self.url}: ended with code {code}; see {self.log_file}: {self._tail()}"
-            )
+            raise ServerFailed(f"mlflow {self.url}: ended with code {code}; see {self.log_file}: {self._tail()}")
 
     def stop(self) -> None:
         """End it in order; after `STOP_TIMEOUT_S` by force. Stopping twice is nothing."""
@@ -175,7 +175,7 @@ class MlflowServer:
                 self.check()
                 try:
                     # 401: MLflow's own authentication is on, and answers; so does the guard behind it.
-                    if session.get(f"{self.url}/tidegate/health", timeout=2).status_code in {200, 401}:
+                    if session.get(self.url + self._HEALTH, timeout=2).status_code in {200, 401}:
                         return
                 except requests.RequestException:
                     pass

@@ -135,9 +135,7 @@ def reject(versions: Sequence[ModelVersion], number: int) -> tuple[Change, ...]:
     """
     state = _pick(versions, number).state
     if state is None or State.REJECTED not in MAY_BECOME[state]:
-        raise ValueError(
-            f"version {number} is {state or 'of no known state'}: only a candidate can be rejected"
-        )
+        raise ValueError(f"version {number} is {state or 'of no known state'}: only a candidate can be rejected")
     return (Change(number, State.REJECTED),)
 
 

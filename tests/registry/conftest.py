@@ -114,7 +114,7 @@ def unguarded(tmp_path_factory):
 class PlainMlflow(MlflowServer):
     """The same server without `--app-name tidegate`."""
 
-    health_path = "/health"
+    _HEALTH = "/health"
 
     def _command(self) -> list[str]:
         command = super()._command()

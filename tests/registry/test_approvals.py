@@ -73,9 +73,7 @@ def run_sql(file, sql):
         (lambda f: run_sql(f, "UPDATE approvals SET model='b' WHERE seq=1"), "row seq=1: its columns do not match"),
         (lambda f: run_sql(f, "UPDATE approvals SET signed='nonsense' WHERE seq=3"), "row seq=3: it does not verify"),
         (
-            lambda f: run_sql(
-                f, "UPDATE approvals SET seq = CASE seq WHEN 2 THEN 30 ELSE seq END WHERE seq IN (2)"
-            ),
+            lambda f: run_sql(f, "UPDATE approvals SET seq = CASE seq WHEN 2 THEN 30 ELSE seq END WHERE seq IN (2)"),
             "row 2 is missing",
         ),
     ],
@@ -92,7 +90,7 @@ def test_a_row_signed_by_another_key_is_named(history, signer, tmp_path):
     decide(history, 1)
     stranger = SigningKey.load_or_create(tmp_path / "stranger.pem")
     decide(Approvals(f"sqlite:///{tmp_path / 'approvals.db'}", stranger), 2)
-    with pytest.raises(ApprovalsTampered, match="row seq=2: it does not verify .*not trusted here"):
+    with pytest.raises(ApprovalsTampered, match=r"row seq=2: it does not verify .*not trusted here"):
         history.verify(TrustedKeys([signer.public]))
 
 

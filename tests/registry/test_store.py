@@ -1,0 +1,127 @@
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from registry.approvals import Approvals
+from registry.errors import PromotionRefused, RegistryError, RegistryUnavailable
+from registry.mlflow_store import Candidate, MlflowStore
+from registry.promotion import Trust
+
+
+@pytest.fixture
+def nowhere():
+    """An address nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture
+def silent():
+    """An address that accepts and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda store, _: store.versions("desk"),
+        lambda store, _: store.promote("desk", 1, why="", who="ada"),
+        lambda store, _: store.reject("desk", 1, why="", who="ada"),
+        lambda store, _: store.to_staging("desk", 1),
+        lambda store, _: store.archive("desk", 1, state="failed"),
+        lambda store, _: store.set_alias("desk", "live", 1),
+        lambda store, tmp: store.fetch_adapter("desk", 1, tmp / "adapter"),
+        lambda store, tmp: store.register(Candidate("desk", "r1", 1, tmp, {}, "")),
+    ],
+)
+def test_without_mlflow_every_call_says_so_fast(nowhere, tmp_path, use):
+    store = MlflowStore(nowhere)
+    began = time.monotonic()
+    with pytest.raises(RegistryUnavailable, match=f"mlflow={nowhere}: cannot be reached; start it by"):
+        use(store, tmp_path)
+    assert time.monotonic() - began < 3
+    assert not (tmp_path / "adapter").exists()
+    store.close()
+
+
+def test_an_mlflow_that_hangs_is_given_up(silent, monkeypatch):
+    monkeypatch.setattr("registry.mlflow_store.READ_TIMEOUT_S", 0.5)
+    store = MlflowStore(silent)
+    with pytest.raises(RegistryUnavailable, match="no answer in time"):
+        store.versions("desk")
+    store.close()
+
+
+def test_polling_imports_no_mlflow():
+    code = (
+        "import sys, registry.mlflow_store, registry.server, registry.approvals, registry.promotion\n"
+        "print([m for m in ('mlflow', 'torch', 'flask', 'transformers') if m in sys.modules])"
+    )
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert seen.stdout.strip() == "[]"
+
+
+def test_a_version_comes_whole_with_its_evidence(unguarded, tmp_path):
+    version, sha = unguarded.candidate("desk")
+    (found,) = unguarded.store.versions("desk")
+    assert found.version == version == 1
+    assert found.tag("adapter_sha256") == found.adapter_sha256 == sha
+    assert (
+        f"![accuracy per domain](get-artifact?path=evidence/accuracy.png&run_uuid={found.run_id})" in found.description
+    )
+    assert found.created_at.endswith("Z")
+    unguarded.store.set_alias("desk", "live", version)
+    assert unguarded.store.versions("desk")[0].aliases == ("live",)
+    fetched = unguarded.store.fetch_adapter("desk", version, tmp_path / "adapter")
+    from learner.adapter import adapter_sha256
+
+    assert adapter_sha256(fetched) == sha
+
+
+def test_registering_the_same_attempt_again_answers_its_version(unguarded, tmp_path):
+    version, _ = unguarded.candidate("again")
+    found = unguarded.store.versions("again")[0]
+    same = Candidate("again", found.tag("round_id"), 1, tmp_path, {}, "")
+    assert unguarded.store.register(same) == version
+    assert len(unguarded.store.versions("again")) == 1
+
+
+def test_an_adapter_with_a_file_missing_is_not_registered(unguarded, tmp_path):
+    with pytest.raises(RegistryError, match="adapter_config\\.json is missing; nothing was registered"):
+        unguarded.store.register(Candidate("half", "r1", 1, tmp_path, {}, ""))
+    assert unguarded.store.versions("half") == []
+
+
+def test_a_long_report_is_cut_at_a_line_and_says_where_the_rest_is(unguarded):
+    from tests.registry.conftest import write_adapter
+
+    folder = unguarded.root / "made" / "long"
+    write_adapter(folder, 77)
+    unguarded.store.register(Candidate("long", "r1", 1, folder, {}, "a line of the report\n" * 400))
+    (found,) = unguarded.store.versions("long")
+    assert len(found.description) <= 5000
+    assert found.description.endswith("(Cut here; the whole report is in the run's artifacts, folder `evidence`.)")
+
+
+def test_without_the_guard_the_same_checks_are_signed_locally(unguarded):
+    url = f"sqlite:///{unguarded.root / 'approvals.db'}"
+    approvals, trust = Approvals(url, unguarded.key("approvals")), Trust.from_dir(unguarded.root / "keys")
+    good, sha = unguarded.candidate("managed")
+    bad, _ = unguarded.candidate("managed", parent=sha, outcome="failed")
+    trust = Trust.from_dir(unguarded.root / "keys")
+    with pytest.raises(RegistryError, match="no guard runs there, so the decision must be signed here"):
+        unguarded.store.promote("managed", good, why="", who="ada")
+    signed = unguarded.store.promote("managed", good, why="ok", who="ada", approvals=approvals, trust=trust)
+    assert (signed["version"], signed["kind"], signed["who"]) == (good, "promote", "ada")
+    with pytest.raises(PromotionRefused, match="its signed verdict says failed"):
+        unguarded.store.promote("managed", bad, why="", who="ada", approvals=approvals, trust=trust)
+    assert unguarded.stages("managed") == {good: "Production", bad: "None"}
+    assert approvals.standing("managed").live == signed
