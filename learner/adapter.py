@@ -222,9 +222,7 @@ def read_adapter(
     try:
         weights: dict[str, Tensor] = load_file(folder / WEIGHTS_FILE)
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(
-            f"{folder / WEIGHTS_FILE}: cannot be read ({error}); fetch or train it anew"
-        ) from error
+        raise AdapterError(f"{folder / WEIGHTS_FILE}: cannot be read ({error}); fetch or train it anew") from error
     layers, targets = _places(weights, config["r"], _base_shapes(base) if base else None, folder)
     _agree(config, layers, targets, folder)
     _finite(weights, folder)
@@ -249,18 +247,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path}: is no JSON ({error}); fetch or train it anew") from error
     if not isinstance(config, dict):
-        raise AdapterError(
-            f"{path}: is a {type(config).__name__}, must be a JSON object; fetch or train it anew"
-        )
+        raise AdapterError(f"{path}: is a {type(config).__name__}, must be a JSON object; fetch or train it anew")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise AdapterError(f"r={rank!r} in {path}: must be an integer > 0; fetch or train it anew")
-    if (
-        not isinstance(alpha, int | float)
-        or isinstance(alpha, bool)
-        or not math.isfinite(alpha)
-        or alpha <= 0
-    ):
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha) or alpha <= 0:
         raise AdapterError(f"lora_alpha={alpha!r} in {path}: must be a number > 0; fetch or train it anew")
     # What would change the function without being in the A and B matrices that are validated here.
     for key, plain in (
@@ -273,9 +264,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         ("alpha_pattern", None),
     ):
         if (config.get(key) or None) != plain:
-            raise AdapterError(
-                f"{key}={config.get(key)!r} in {path}: must be {plain!r}; train a plain LoRA adapter"
-            )
+            raise AdapterError(f"{key}={config.get(key)!r} in {path}: must be {plain!r}; train a plain LoRA adapter")
     return config
 
 
@@ -358,9 +347,7 @@ def _places(
             pair = found.get((layer, target), {})
             for matrix in ("A", "B"):
                 if matrix not in pair:
-                    raise AdapterError(
-                        f"{weight_name(layer, target, matrix)} in {folder}: is missing; train it anew"
-                    )
+                    raise AdapterError(f"{weight_name(layer, target, matrix)} in {folder}: is missing; train it anew")
             out_in = shapes[1][target] if shapes else (pair["B"][0], pair["A"][-1])
             want = {"A": (rank, out_in[1]), "B": (out_in[0], rank)}
             for matrix in ("A", "B"):
@@ -379,8 +366,7 @@ def _parse_name(name: str, folder: Path) -> tuple[int, str, str]:
         if name == weight_name(layer, target, matrix):
             return layer, target, matrix
     raise AdapterError(
-        f"weight {name[:200]!r} in {folder}: must be like {weight_name(0, 'q_proj', 'A')!r}; "
-        "train a plain LoRA adapter"
+        f"weight {name[:200]!r} in {folder}: must be like {weight_name(0, 'q_proj', 'A')!r}; train a plain LoRA adapter"
     )
 
 
@@ -396,16 +382,13 @@ def _agree(config: Mapping[str, Any], layers: Sequence[int], targets: Sequence[s
         return
     if [indices] != list(layers) if isinstance(indices, int) else sorted(indices or ()) != list(layers):
         raise AdapterError(
-            f"layers_to_transform={indices!r} in {folder}: must be {list(layers)} as in the weights; "
-            "train it anew"
+            f"layers_to_transform={indices!r} in {folder}: must be {list(layers)} as in the weights; train it anew"
         )
 
 
 def _finite(weights: Mapping[str, "Tensor"], folder: Path) -> None:
     for name, tensor in weights.items():
         if not tensor.is_floating_point():
-            raise AdapterError(
-                f"{name} in {folder}: dtype={tensor.dtype}, must be floating point; train it anew"
-            )
+            raise AdapterError(f"{name} in {folder}: dtype={tensor.dtype}, must be floating point; train it anew")
         if not tensor.isfinite().all():
             raise AdapterError(f"{name} in {folder}: holds NaN or infinity, must be finite; train it anew")

@@ -228,9 +228,7 @@ def _make_from_hub(spec: str, folder: Path, step: Progress) -> tuple[str, str, d
 
     step(0, 1, f"downloading {spec}")
     try:
-        snapshot = snapshot_download(
-            spec, cache_dir=folder.parent / "hub", allow_patterns=[*_PARTS, "README.md"]
-        )
+        snapshot = snapshot_download(spec, cache_dir=folder.parent / "hub", allow_patterns=[*_PARTS, "README.md"])
     except Exception as error:  # the hub client lets errors of several HTTP and file libraries through
         cause = str(error).strip().partition("\n")[0] or type(error).__name__
         raise BaseModelError(
@@ -258,18 +256,14 @@ def _check(folder: Path) -> None:
     try:
         architecture = json.loads((folder / "config.json").read_text()).get("model_type")
     except (ValueError, AttributeError) as error:
-        raise BaseModelError(
-            f"{folder / 'config.json'}: is no JSON object ({error}); save the model anew"
-        ) from error
+        raise BaseModelError(f"{folder / 'config.json'}: is no JSON object ({error}); save the model anew") from error
     if architecture != ARCHITECTURE:
         raise BaseModelError(
             f"model_type={architecture!r} in {folder / 'config.json'}: must be {ARCHITECTURE!r}; "
             f"use a Qwen2.5 model or {EMBEDDED!r}"
         )
     if not any(folder.glob("*.safetensors")):
-        raise BaseModelError(
-            f"base folder {folder}: no *.safetensors in it; save the model with save_pretrained"
-        )
+        raise BaseModelError(f"base folder {folder}: no *.safetensors in it; save the model with save_pretrained")
 
 
 def _card_licence(folder: Path) -> str:

@@ -31,5 +31,5 @@ class RoundError(LearnerError):
     """A round stopped."""
 
 
-class ResumeRefused(RoundError):  # noqa: N818 - reads as the decision it is
+class ResumeRefused(RoundError):
     """A checkpoint exists, but data, plan, base, code or key are no longer the same: use a new attempt."""

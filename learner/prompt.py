@@ -86,17 +86,13 @@ class Renderer:
 
     def _text_ids(self, text: str) -> list[int]:
         """Ids of outside text: what looks like a control token is split into ordinary ones."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
-            "input_ids"
-        ]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return ids
 
     def _apply(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The template as transformers applies it."""
         text = self._template(messages, generate=True)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)[
-            "input_ids"
-        ]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
         return ids
 
     def _template(self, messages: Sequence[Mapping[str, str]], *, generate: bool) -> str:
@@ -134,9 +130,7 @@ class Renderer:
         marked = [{"role": role, "content": _MARK.format(i)} for i, role in enumerate(roles)]
         parts = re.split(f"{_MARK_RE}|({self._special_re.pattern})", self._template(marked, generate=True))
         pieces: list[_Slot | int | str] = []
-        for literal, mark, special in zip(
-            parts[::3], [*parts[1::3], None], [*parts[2::3], None], strict=True
-        ):
+        for literal, mark, special in zip(parts[::3], [*parts[1::3], None], [*parts[2::3], None], strict=True):
             if literal:
                 pieces.append(literal)
             if mark is not None:

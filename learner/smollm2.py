@@ -38,9 +38,7 @@ def wheel_file() -> tuple[Path, str]:
         path = Path(str(file.locate()))
         if path.suffix == ".gguf" and path.is_file():
             return path, wheel.version
-    raise BaseModelError(
-        f"base=smollm2-135m: the wheel {_WHEEL} {wheel.version} has no .gguf file; {_WAY_OUT}"
-    )
+    raise BaseModelError(f"base=smollm2-135m: the wheel {_WHEEL} {wheel.version} has no .gguf file; {_WAY_OUT}")
 
 
 def write_as_qwen2(folder: Path, step: Callable[[str], None]) -> dict[str, str]:

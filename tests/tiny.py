@@ -65,9 +65,7 @@ def qwen_tokenizer():
     class Converter(TikTokenConverter):
         @staticmethod
         def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
-            lines = (
-                Path(tiktoken_url).read_bytes().splitlines()
-            )  # tiktoken's own reader leaves a copy in /tmp
+            lines = Path(tiktoken_url).read_bytes().splitlines()  # tiktoken's own reader leaves a copy in /tmp
             return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
 
     raw = Converter(str(qwen_ranks_file()), PATTERN, extra_special_tokens=CONTROL).converted()
@@ -108,9 +106,7 @@ def tiny_base(folder: Path, *, hidden: int = 32, layers: int = 3, seed: int = 7)
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config)
         for name, parameter in model.named_parameters():
-            if name.endswith(
-                "_proj.bias"
-            ):  # real Qwen2.5 has biases on q, k and v; zeros would hide a forgotten one
+            if name.endswith("_proj.bias"):  # real Qwen2.5 has biases on q, k and v; zeros would hide a forgotten one
                 torch.nn.init.normal_(parameter, std=0.1)
     (folder / "model").mkdir(parents=True)
     model.save_pretrained(folder / "model")

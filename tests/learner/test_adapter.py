@@ -206,9 +206,7 @@ def test_what_peft_saves_is_read(tiny, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     targets = ["q_proj", "gate_proj"]
-    config = LoraConfig(
-        r=2, lora_alpha=4, target_modules=targets, layers_to_transform=[2], task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=targets, layers_to_transform=[2], task_type="CAUSAL_LM")
     get_peft_model(load_model(tiny), config).save_pretrained(tmp_path / "p")
     read = read_adapter(tmp_path / "p", base=tiny)
     assert (read.r, read.scaling, read.layers, read.targets) == (2, 2.0, (2,), ("gate_proj", "q_proj"))

@@ -35,9 +35,7 @@ def test_the_tokenizer_agrees_with_tiktoken(tiny):
 
     from tests.tiny import PATTERN
 
-    ranks = {
-        base64.b64decode(t): int(r) for t, r in map(bytes.split, qwen_ranks_file().read_bytes().splitlines())
-    }
+    ranks = {base64.b64decode(t): int(r) for t, r in map(bytes.split, qwen_ranks_file().read_bytes().splitlines())}
     specials = {token: 151643 + i for i, token in enumerate(CONTROL + ORDINARY)}
     reference = tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials)
     tokenizer = load_tokenizer(tiny)
@@ -49,9 +47,7 @@ def test_the_tokenizer_agrees_with_tiktoken(tiny):
         "x = {'a': [1, 2]}",
         "<tool_call>",
     ):
-        assert tokenizer(text, add_special_tokens=False)["input_ids"] == reference.encode(
-            text, allowed_special="all"
-        )
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == reference.encode(text, allowed_special="all")
     assert qwen_tokenizer()("Hello")["input_ids"] == [9707]
 
 
@@ -103,9 +99,7 @@ def test_a_name_that_is_nothing_is_refused(tmp_path):
 
 
 def test_the_hub_out_of_reach_says_so(tmp_path):
-    with pytest.raises(
-        BaseModelError, match=r"base=Qwen/Qwen2.5-0.5B-Instruct: cannot be downloaded \(.+smollm2"
-    ):
+    with pytest.raises(BaseModelError, match=r"base=Qwen/Qwen2.5-0.5B-Instruct: cannot be downloaded \(.+smollm2"):
         prepare_base("Qwen/Qwen2.5-0.5B-Instruct", tmp_path)
     assert not list(tmp_path.glob(".preparing-*"))
 
