@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tidegate.errors import TidegateError, UnknownName
-
-if TYPE_CHECKING:
-    from privacy.signing import TrustedKeys
-    from registry.mlflow_store import ModelVersion
-
-PRODUCTION = "Production"
-STAGING = "Staging"
+from privacy.errors import PrivacyError
+from privacy.signing import TrustedKeys
+from registry.states import PRODUCTION, ModelVersion
+from tidegate.errors import TidegateError
 
 
 @dataclass(frozen=True)
@@ -26,35 +22,28 @@ class Live:
     block_ids: frozenset[str]
 
 
-def tag(version: ModelVersion, name: str) -> str:
-    """A version's tag `tidegate.NAME`, or the empty string."""
-    return version.tags.get(f"tidegate.{name}", "")
-
-
 def signed_tag(version: ModelVersion, name: str, trusted: TrustedKeys) -> dict[str, Any] | None:
     """The payload of a signed tag, or None when it is missing or its signature does not hold."""
-    from privacy.errors import PrivacyError
-
     try:
-        return trusted.verify(json.loads(tag(version, name) or "null"))
+        return trusted.verify(json.loads(version.tag(name) or "null"))
     except (PrivacyError, ValueError, TypeError):
         return None
 
 
 def block_ids(version: ModelVersion) -> frozenset[str]:
     """Blocks that one version's own round trained on, replay included."""
-    plan = json.loads(tag(version, "plan") or "{}")
+    plan = json.loads(version.tag("plan") or "{}")
     return frozenset(block["id"] for block in plan.get("blocks", ()))
 
 
 def ancestors(versions: Sequence[ModelVersion], version: ModelVersion) -> list[ModelVersion]:
     """The version and what it was trained from, newest first. A cycle of forged tags ends the chain."""
-    by_sha = {tag(v, "adapter_sha256"): v for v in versions}
+    by_sha = {v.tag("adapter_sha256"): v for v in versions}
     chain: list[ModelVersion] = []
     node: ModelVersion | None = version
     while node is not None and node not in chain:
         chain.append(node)
-        node = by_sha.get(tag(node, "parent_sha256"))
+        node = by_sha.get(node.tag("parent_sha256"))
     return chain
 
 
@@ -69,7 +58,7 @@ def find_live(versions: Sequence[ModelVersion], trusted: TrustedKeys) -> Live | 
         return None
     for version in wanted:
         approval = signed_tag(version, "approval", trusted)
-        if approval and approval["adapter_sha256"] == tag(version, "adapter_sha256"):
+        if approval and approval["adapter_sha256"] == version.tag("adapter_sha256"):
             blocks = [block_ids(v) for v in ancestors(versions, version)]
             return Live(version.version, approval["adapter_sha256"], frozenset().union(*blocks))
     names = ", ".join(str(v.version) for v in wanted)
@@ -77,21 +66,3 @@ def find_live(versions: Sequence[ModelVersion], trusted: TrustedKeys) -> Live | 
         f"version {names} stands in Production without a valid approval: nothing is trained from it; "
         f"approve it by `tidegate approve` or return to another by `tidegate rollback`"
     )
-
-
-def waiting(versions: Sequence[ModelVersion]) -> list[ModelVersion]:
-    """Candidates in Staging, oldest first."""
-    return sorted((v for v in versions if v.stage == STAGING), key=lambda v: v.version)
-
-
-def pick(versions: Sequence[ModelVersion], number: int, model: str) -> ModelVersion:
-    """One version by its number.
-
-    Raises:
-        UnknownName: the model has no such version.
-    """
-    for version in versions:
-        if version.version == number:
-            return version
-    known = ", ".join(str(v.version) for v in sorted(versions, key=lambda v: v.version)) or "none yet"
-    raise UnknownName(f"version={number}: model {model} has no such version; it has: {known}")

@@ -28,11 +28,11 @@ def examine(service: Service, stream: str | None) -> dict[str, Any]:
     verified = [f"ledger: hash chain of {service.ledger.verify_chain()} rows, head {service.ledger.head()[:16]}"]
     receipts = 0
     for file in sorted((service.workspace.root / "rounds").glob("*/receipt.json")):
-        receipt = service.trusted.verify(json.loads(file.read_text(encoding="utf-8")))
+        receipt = service.trusted("receipts").verify(json.loads(file.read_text(encoding="utf-8")))
         service.ledger.require_head(receipt["ledger_head"])
         receipts += 1
     verified.append(f"receipts: {receipts} signatures, each anchored in the ledger's chain")
-    verified.append(f"approvals: {service.approvals().verify(service.trusted)} signatures and their hash chain")
+    verified.append(f"approvals: {service.approvals().verify(service.trusted("approvals"))} signatures and their hash chain")
     streams = {}
     for name in names:
         report = audit(service.ledger, name).as_json()

@@ -143,7 +143,7 @@ def _unfinished(service: Service, stream: str) -> RoundPlan | None:
     from learner.plan import RoundPlan
 
     for file in sorted((service.workspace.root / "rounds").glob("*/plan.json")):
-        plan = RoundPlan.from_json(json.loads(file.read_text(encoding="utf-8")))
+        plan = RoundPlan.model_validate(json.loads(file.read_text(encoding="utf-8")))
         if plan.stream == stream and not (file.parent / "ended.json").exists():
             log.info("round resumes", stream=stream, round=plan.round_id, attempt=plan.attempt)
             return plan
@@ -277,7 +277,7 @@ def _parent_dir(service: Service, plan: RoundPlan) -> Path | None:
     if not kept.exists():
         model = service.model(plan.stream)
         for version in service.store.versions(model):
-            if ancestry.tag(version, "adapter_sha256") == plan.parent_sha256:
+            if version.tag("adapter_sha256") == plan.parent_sha256:
                 service.store.fetch_adapter(model, version.version, kept)
     return kept
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tidegate import ancestry
+from registry.states import waiting
 
 if TYPE_CHECKING:
     from evaluation.verdict import Evaluation
@@ -80,7 +80,7 @@ def register(
 
     plan, stream, model = trained.plan, trained.plan.stream, service.model(trained.plan.stream)
     versions = service.store.versions(model)
-    parent = next((v for v in versions if ancestry.tag(v, "adapter_sha256") == plan.parent_sha256), None)
+    parent = next((v for v in versions if v.tag("adapter_sha256") == plan.parent_sha256), None)
     passed = evaluation.outcome == "passed" and plan.noise_source == "system"
     state = "candidate" if passed else ("failed" if evaluation.outcome != "undecided" else "undecided")
     facts = facts_of(service, trained, base)
@@ -121,7 +121,7 @@ def register(
         )
     )
     if passed:
-        for older in ancestry.waiting(versions):
+        for older in waiting(versions):
             service.store.archive(model, older.version, state="superseded")
         service.store.to_staging(model, version)
     else:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from registry.promotion import pick
+from registry.states import ModelVersion
 from tidegate import ancestry
 from tidegate.errors import UnknownName
 
 if TYPE_CHECKING:
-    from registry.mlflow_store import ModelVersion
     from tidegate.wiring import Service
 
 
@@ -31,13 +32,13 @@ def trace(service: Service, what: str, stream: str | None) -> dict[str, Any]:
         return {"source": source, "stream": name, "version": "base", "ancestry": []}
     model = service.model(name)
     versions = service.store.versions(model)
-    version = ancestry.pick(versions, number, model)
+    version = pick(versions, model, number)
     chain = ancestry.ancestors(versions, version)
     return {
         "source": source,
         "stream": name,
         "version": number,
-        "adapter_sha256": ancestry.tag(version, "adapter_sha256"),
+        "adapter_sha256": version.tag("adapter_sha256"),
         "base": f"{ancestry.tag(version, 'base_name')} ({ancestry.tag(version, 'base_licence')})",
         "ancestry": [_step(service, name, v) for v in chain],
     }
@@ -53,8 +54,8 @@ def _only_stream(service: Service, stream: str | None) -> str:
 
 
 def _step(service: Service, stream: str, version: ModelVersion) -> dict[str, Any]:
-    plan = json.loads(ancestry.tag(version, "plan") or "{}")
-    revision = ancestry.tag(version, "data_revision")
+    plan = json.loads(version.tag("plan") or "{}")
+    revision = version.tag("data_revision")
     manifests = {m.block_id: m for m in service.repository().manifests(stream, revision=revision)}
     topic = service.stream(stream).topic
     blocks = []
@@ -66,9 +67,9 @@ def _step(service: Service, stream: str, version: ModelVersion) -> dict[str, Any
     return {
         "version": version.version,
         "stage": version.stage,
-        "state": ancestry.tag(version, "state"),
-        "round_id": ancestry.tag(version, "round_id"),
+        "state": version.tag("state"),
+        "round_id": version.tag("round_id"),
         "data_revision": revision,
-        "plan_hash": ancestry.tag(version, "plan_hash"),
+        "plan_hash": version.tag("plan_hash"),
         "blocks": blocks,
     }

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from registry.states import ModelVersion, waiting
 from tidegate import ancestry
 from tidegate.errors import RoundRefused
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
     from ingest.manifest import Manifest
     from learner.plan import RoundPlan
-    from registry.mlflow_store import ModelVersion
     from tidegate.wiring import Service
 
 log = structlog.get_logger()
@@ -39,7 +39,7 @@ def make_plan(
     if not manifests:
         return "no block is sealed yet"
     versions = service.store.versions(service.model(stream))
-    live = ancestry.find_live(versions, service.trusted)
+    live = ancestry.find_live(versions, service.trusted("approvals"))
     waiting = _fresh_candidates(service, stream, versions, live)
     if waiting and settings.learner.waiting == "hold":
         numbers = ", ".join(str(v.version) for v in waiting)
@@ -95,8 +95,8 @@ def _fresh_candidates(
     """Candidates that could still be approved; those whose parent is no longer live are archived as stale."""
     parent = live.adapter_sha256 if live else ""
     fresh = []
-    for version in ancestry.waiting(versions):
-        if ancestry.tag(version, "parent_sha256") == parent:
+    for version in waiting(versions):
+        if version.tag("parent_sha256") == parent:
             fresh.append(version)
             continue
         service.store.archive(service.model(stream), version.version, state="stale")

@@ -37,8 +37,8 @@ def rebuild(service: Service, round_file: Path, out: Path) -> Rebuilt:
 
     folder = round_file.parent / "rounds" / _read(round_file)["round_id"]
     plan = RoundPlan.from_json(_read(folder / "plan.json"))
-    receipt = service.trusted.verify(_read(folder / "receipt.json"))
-    verdict = service.trusted.verify(_read(folder / "verdict.json"))
+    receipt = service.trusted("receipts").verify(_read(folder / "receipt.json"))
+    verdict = service.trusted("verdicts").verify(_read(folder / "verdict.json"))
     _same("receipt.plan_hash", receipt["plan_hash"], plan.plan_hash)
     _same("verdict.adapter_sha256", verdict["adapter_sha256"], receipt["adapter_sha256"])
     service.ledger.require_head(receipt["ledger_head"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tidegate import ancestry
+from registry.states import PRODUCTION
 from tidegate.errors import UnknownName
 
 if TYPE_CHECKING:
@@ -24,16 +24,15 @@ def roll_back(service: Service, stream: str, *, to: int | None, why: str, who: s
     target = to if to is not None else _previous(history, stream)
     if emergency:
         return _without_registry(service, stream, target, why=why, who=who)
-    ancestry.pick(service.store.versions(model), target, model)
     approval = service.store.promote(
-        model, target, why=why, who=who, kind="rollback", approvals=service.approvals(signing=True)
+        model, target, why=why, who=who, approvals=service.approvals(signing=True), trust=service.trust
     )
     return f"version {target} of {model} is Production again; approval {approval['seq']} signed by {approval['key_id']}"
 
 
 def _previous(history: list[dict[str, object]], stream: str) -> int:
     """The version that was live before the one that is."""
-    lived = [int(str(row["version"])) for row in history if row["to"] == ancestry.PRODUCTION]
+    lived = [int(str(row["version"])) for row in history if row["to"] == PRODUCTION]
     for version in reversed(lived[:-1]):
         if version != lived[-1]:
             return version
@@ -48,7 +47,7 @@ def _without_registry(service: Service, stream: str, target: int, *, why: str, w
 
     model = service.model(stream)
     approvals = service.approvals(signing=True)
-    approved = [r for r in approvals.history(model) if r["version"] == target and r["to"] == ancestry.PRODUCTION]
+    approved = [r for r in approvals.history(model) if r["version"] == target and r["to"] == PRODUCTION]
     if not approved:
         raise UnknownName(f"version={target}: was never approved for {model}; see `tidegate history {stream}`")
     row = approvals.append(
@@ -56,7 +55,7 @@ def _without_registry(service: Service, stream: str, target: int, *, why: str, w
         version=target,
         adapter_sha256=approved[-1]["adapter_sha256"],
         from_stage="unknown",
-        to_stage=ancestry.PRODUCTION,
+        to_stage=PRODUCTION,
         who=who,
         why=why,
         kind="emergency",

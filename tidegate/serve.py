@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tidegate import ancestry
+from registry.states import PRODUCTION
 
 if TYPE_CHECKING:
     from serving.swap import HotSwap, Wanted
@@ -21,7 +21,7 @@ def wanted_of(service: Service, stream: str) -> Callable[[], Wanted | None]:
     model = service.model(stream)
 
     def ask() -> Wanted | None:
-        found = [v for v in service.store.versions(model) if v.stage == ancestry.PRODUCTION]
+        found = [v for v in service.store.versions(model) if v.stage == PRODUCTION]
         if not found:
             return None
         if len(found) > 1:
@@ -35,8 +35,8 @@ def wanted_of(service: Service, stream: str) -> Callable[[], Wanted | None]:
             model=model,
             version=version.version,
             stage=version.stage,
-            adapter_sha256=ancestry.tag(version, "adapter_sha256"),
-            approval=ancestry.tag(version, "approval"),
+            adapter_sha256=version.tag("adapter_sha256"),
+            approval=version.tag("approval"),
         )
 
     return ask
@@ -74,7 +74,7 @@ def swaps_of(service: Service) -> list[HotSwap]:
                 wanted=wanted_of(service, stream),
                 fetch=fetch,
                 acknowledge=acknowledge,
-                trusted=service.trusted,
+                trusted=service.trusted("approvals"),
                 cache=service.workspace.serving / stream,
                 poll_seconds=settings.serving.poll_seconds,
             )

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
+from registry.states import PRODUCTION, waiting
 from tidegate import ancestry
 from tidegate.errors import expected_errors
 
@@ -63,9 +64,9 @@ def _stream(service: Service, name: str, serving: dict[str, Any] | None, alarms:
     }
     try:
         versions = service.store.versions(service.model(name))
-        row["wanted"] = ", ".join(str(v.version) for v in versions if v.stage == ancestry.PRODUCTION) or "base"
-        row["waiting"] = ", ".join(str(v.version) for v in ancestry.waiting(versions)) or "none"
-        ancestry.find_live(versions, service.trusted)
+        row["wanted"] = ", ".join(str(v.version) for v in versions if v.stage == PRODUCTION) or "base"
+        row["waiting"] = ", ".join(str(v.version) for v in waiting(versions)) or "none"
+        ancestry.find_live(versions, service.trusted("approvals"))
     except expected_errors() as error:
         row["wanted"] = row["waiting"] = "unknown"
         alarms.append(f"{name}: {error}")

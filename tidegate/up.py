@@ -38,7 +38,7 @@ def parts_of(service: Service, *, learn: bool = True) -> list[Part]:
     root, run = service.workspace.root, service.workspace.run
 
     def part(name: str, *arguments: str) -> Part:
-        return Part(name, tidegate_command(root, *arguments), run / f"{name}.log")
+        return Part(name, tidegate_command(root, *arguments), run / f"part-{name}.log")
 
     parts = []
     if service.settings.service.broker.bootstrap == "embedded":

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from privacy.signing import SigningKey, TrustedKeys
     from registry.approvals import Approvals
     from registry.mlflow_store import MlflowStore
+    from registry.promotion import Trust
 
 SPLIT_KEY_BYTES = 32
 
@@ -70,12 +71,18 @@ class Service:
 
         return SigningKey.load_or_create(self.keys_dir / f"{purpose}.pem")
 
-    @property
-    def trusted(self) -> TrustedKeys:
-        """Every public key of the workspace."""
+    def trusted(self, purpose: str) -> TrustedKeys:
+        """Public keys whose signatures count for `receipts`, `verdicts` or `approvals`."""
         from privacy.signing import TrustedKeys
 
-        return TrustedKeys.from_dir(self.keys_dir)
+        return TrustedKeys.from_dir(self.keys_dir, purpose)
+
+    @property
+    def trust(self) -> Trust:
+        """What a promotion is checked against where MLflow runs no guard."""
+        from registry.promotion import Trust
+
+        return Trust.from_dir(self.keys_dir)
 
     def secret_bytes(self, name: str) -> bytes:
         """A key of 32 random bytes in the keys folder (mode 0600), made on first use."""
@@ -168,6 +175,7 @@ class Service:
     def store(self) -> MlflowStore:
         """The model registry."""
         from registry.mlflow_store import MlflowStore
+    from registry.promotion import Trust
 
         return MlflowStore(self.mlflow_uri)
 

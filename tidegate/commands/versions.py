@@ -26,17 +26,17 @@ def versions(given: str | None, stream: str, *, want_json: bool) -> None:
     found = sorted(service.store.versions(model), key=lambda v: v.version, reverse=True)
     rows = []
     for version in found:
-        verdict = ancestry.signed_tag(version, "verdict", service.trusted)
+        verdict = ancestry.signed_tag(version, "verdict", service.trusted("verdicts"))
         rows.append(
             {
                 "version": version.version,
                 "stage": version.stage,
-                "state": ancestry.tag(version, "state"),
+                "state": version.tag("state"),
                 "alias": ",".join(version.aliases),
                 "verdict": verdict["outcome"] if verdict else "no valid signature",
-                "parent_version": ancestry.tag(version, "parent_version") or "base",
-                "round": ancestry.tag(version, "round_id"),
-                "adapter_sha256": ancestry.tag(version, "adapter_sha256"),
+                "parent_version": version.tag("parent_version") or "base",
+                "round": version.tag("round_id"),
+                "adapter_sha256": version.tag("adapter_sha256"),
                 "url": f"{service.mlflow_uri}/#/models/{model}/versions/{version.version}",
             }
         )
@@ -63,8 +63,9 @@ def approve(given: str | None, stream: str, version: int, *, why: str, who: str)
 
     service = open_service(given)
     model = service.model(stream)
-    ancestry.pick(service.store.versions(model), version, model)
-    approval = service.store.promote(model, version, why=why, who=who, approvals=service.approvals(signing=True))
+    approval = service.store.promote(
+        model, version, why=why, who=who, approvals=service.approvals(signing=True), trust=service.trust
+    )
     output.say(f"version {version} of {model} is Production; approval {approval['seq']} signed by {approval['key_id']}")
 
 
@@ -80,8 +81,9 @@ def reject(given: str | None, stream: str, version: int, *, why: str, who: str) 
 
     service = open_service(given)
     model = service.model(stream)
-    ancestry.pick(service.store.versions(model), version, model)
-    service.store.reject(model, version, why=why, who=who, approvals=service.approvals(signing=True))
+    service.store.reject(
+        model, version, why=why, who=who, approvals=service.approvals(signing=True), trust=service.trust
+    )
     output.say(f"version {version} of {model} is rejected")
 
 
@@ -114,7 +116,7 @@ def history(given: str | None, stream: str, *, want_json: bool) -> None:
 
     service = open_service(given)
     approvals = service.approvals()
-    approvals.verify(service.trusted)
+    approvals.verify(service.trusted("approvals"))
     rows = approvals.history(service.model(stream))
     if want_json:
         output.as_json(rows)
