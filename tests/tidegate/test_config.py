@@ -1,0 +1,103 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tidegate.config import load, read_secret
+from tidegate.errors import ConfigError
+
+TEMPLATE = Path(__file__).resolve().parents[2] / "params.yaml"
+
+
+@pytest.fixture
+def params(tmp_path):
+    raw = yaml.safe_load(TEMPLATE.read_text())
+
+    def write(change=None):
+        if change:
+            change(raw)
+        file = tmp_path / "params.yaml"
+        file.write_text(yaml.safe_dump(raw))
+        return file
+
+    return write
+
+
+def test_the_template_is_valid_and_origins_are_told(params):
+    resolved = load(params(), {})
+    assert resolved.origins["streams.support-desk.topic"] == "params.yaml"
+    assert resolved.settings.streams["support-desk"].privacy.epsilon <= 8
+
+
+def test_a_variable_overrides_and_is_named(params):
+    name = "TIDEGATE__STREAMS__SUPPORT_DESK__LEARNER__STEPS"
+    resolved = load(params(), {name: "7"})
+    assert resolved.settings.streams["support-desk"].learner.steps == 7
+    assert resolved.origins["streams.support-desk.learner.steps"] == name
+
+
+def test_a_lora_setting_can_be_overridden_too(params):
+    resolved = load(params(), {"TIDEGATE__STREAMS__SUPPORT_DESK__LEARNER__LORA__R": "4"})
+    assert resolved.settings.streams["support-desk"].learner.lora.r == 4
+
+
+def test_an_unknown_variable_is_refused(params):
+    with pytest.raises(ConfigError, match="TIDEGATE__SERVICE__COLOUR=red: no such setting"):
+        load(params(), {"TIDEGATE__SERVICE__COLOUR": "red"})
+
+
+STREAM = ("streams", "support-desk")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ((*STREAM, "privacy", "epsilon"), 0, r"streams\.support-desk\.privacy\.epsilon=0: .*greater than 0"),
+        ((*STREAM, "privacy", "delta"), 0.5, r"privacy\.delta=0\.5: .*less than 0\.01"),
+        ((*STREAM, "privacy", "unit"), "family", r"privacy\.unit='family': .*'record' or 'user'"),
+        ((*STREAM, "learner", "steps"), "many", r"learner\.steps='many': .*integer"),
+        ((*STREAM, "learner", "lora", "r"), -1, r"learner\.lora\.r=-1: .*greater than or equal to 1"),
+        ((*STREAM, "ingest", "domains"), [], r"ingest\.domains=\[\]"),
+        ((*STREAM, "colour"), "red", r"support-desk\.colour='red': unknown setting"),
+        (("service", "api", "port"), 70000, r"service\.api\.port=70000: .*65535"),
+        (("streams",), {}, r"streams=\{\}"),
+    ],
+)
+def test_a_wrong_value_names_key_value_and_bound(params, path, value, message):
+    def change(raw):
+        node = raw
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = value
+
+    with pytest.raises(ConfigError, match=message):
+        load(params(change), {})
+
+
+def test_two_streams_cannot_share_a_model(params):
+    def change(raw):
+        raw["streams"]["other"] = {**raw["streams"]["support-desk"], "registry": {"model": "support-desk"}}
+
+    with pytest.raises(ConfigError, match="one registered model"):
+        load(params(change), {})
+
+
+def test_a_missing_or_broken_file_says_the_way_out(tmp_path):
+    with pytest.raises(ConfigError, match="tidegate init"):
+        load(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="not YAML"):
+        load(tmp_path / "params.yaml")
+
+
+def test_a_secret_is_read_only_from_a_private_file(tmp_path, monkeypatch):
+    file = tmp_path / "sasl_password"
+    file.write_text("hush\n")
+    file.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        read_secret("sasl_password", tmp_path)
+    file.chmod(0o600)
+    assert read_secret("sasl_password", tmp_path) == "hush"
+    monkeypatch.setenv("TIDEGATE_SASL_PASSWORD", "from the environment")
+    assert read_secret("sasl_password", tmp_path) == "from the environment"
+    assert read_secret("other", tmp_path) is None
