@@ -54,6 +54,7 @@ class Gradients:
 
     def __init__(self, width: int, rows_max: int) -> None:
         self._buffer = torch.empty(rows_max, width)
+        self.rows_max = rows_max
         self.rows = self._buffer[:0]
         self.seeds: Sequence[int] | None = None
         self.anchor = torch.zeros(0, requires_grad=True)
@@ -120,7 +121,7 @@ class _LoraProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[None, Tensor | None, None]:
         layer: LoraLinear = ctx.layer
         seen, low, mask = ctx.saved_tensors
         batch, tokens = ctx.shape
@@ -140,9 +141,7 @@ class _LoraProduct(torch.autograd.Function):
 def _per_sample(rows: Tensor, slot: Slot, left: Tensor, right: Tensor, batch: int) -> None:
     """rows[i, slot] = left_i^T right_i for each sample i; left (B*T, m), right (B*T, n)."""
     target = rows[:, slot.start : slot.stop].view(batch, *slot.shape)
-    torch.bmm(
-        left.view(batch, -1, slot.shape[0]).transpose(1, 2), right.view(batch, -1, slot.shape[1]), out=target
-    )
+    torch.bmm(left.view(batch, -1, slot.shape[0]).transpose(1, 2), right.view(batch, -1, slot.shape[1]), out=target)
 
 
 class LoraModel:
@@ -170,8 +169,14 @@ class LoraModel:
             linear = LoraLinear(getattr(part, a.target), a, b, self.theta, self.gradients, settings)
             setattr(part, a.target, linear)
 
+    @staticmethod
+    def width(model: Any, settings: LoraSettings) -> int:
+        """P, the number of trained weights these settings give on a model."""
+        layers = model.model.layers
+        return _slots(layers, settings.layer_indices(len(layers)), settings)[-1].stop
+
     def start_fresh(self, seed: int) -> None:
-        """A from Kaiming's uniform (He et al. 2015, as peft draws it) under a public seed, B zero: the base, unchanged."""
+        """A from Kaiming's uniform (He et al. 2015), as peft draws it, under a public seed; B zero: the base, unchanged."""
         generator = torch.Generator().manual_seed(seed)
         for slot in self.slots:
             view = self.theta[slot.start : slot.stop]
@@ -215,9 +220,7 @@ def _slots(layers: Any, indices: Sequence[int], settings: LoraSettings) -> tuple
     start = 0
     for index in indices:
         if not 0 <= index < len(layers):
-            raise AdapterError(
-                f"lora.layers={index}: must be in 0..{len(layers) - 1}, the layers of this base"
-            )
+            raise AdapterError(f"lora.layers={index}: must be in 0..{len(layers) - 1}, the layers of this base")
         for target in (t for t in BLOCK_PART if t in settings.targets):
             linear = getattr(getattr(layers[index], BLOCK_PART[target]), target)
             shapes = (("A", (settings.r, linear.in_features)), ("B", (linear.out_features, settings.r)))

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from learner.adapter import BLOCK_PART
 from learner.errors import PlanError
+from privacy.accounting import calibrate, rdp, share_used
 from privacy.canonical import sha256_of
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class _Value(BaseModel):
 
 
 class LoraSettings(_Value):
-    """peft's LoRA settings. `layers`: a number counts from the top (0, or more than there are: all); a tuple names them."""
+    """peft's LoRA settings. `layers`: a number counts from the top (0, or too many: all); a tuple names them."""
 
     r: Annotated[int, Field(ge=1, le=512)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
@@ -82,7 +83,7 @@ class BlockRate(_Value):
 
 
 class RoundPlan(_Value):
-    """One round, as it is charged and as it runs: sampler, clip, noise, steps and charges come out of this one value."""
+    """One round, as it is charged and as it runs: sampler, clip, noise, steps and charges come out of one value."""
 
     round_id: str
     attempt: Annotated[int, Field(ge=1)]
@@ -107,9 +108,7 @@ class RoundPlan(_Value):
     def _one_rate_per_user(self) -> Self:
         rates = {block.q for block in self.blocks}
         if self.unit == "user" and len(rates) > 1:
-            raise ValueError(
-                f"blocks.q={sorted(rates)}: unit user is drawn once over all its blocks, at one rate"
-            )
+            raise ValueError(f"blocks.q={sorted(rates)}: unit user is drawn once over all its blocks, at one rate")
         return self
 
     @property
@@ -134,7 +133,7 @@ class BlockAccount:
 
     Attributes:
         block_id: its name.
-        policy: as frozen in its manifest {unit, orders, caps, attempts, replay_share, holdout_share, nominal_units, ...}.
+        policy: as frozen in its manifest (privacy.policy.Policy.frozen): unit, orders, caps, nominal_units and so on.
         spent: Rényi divergence spent so far per order (privacy.ledger.Ledger.spent).
     """
 
@@ -154,3 +153,122 @@ def code_sha256() -> str:
     root = Path(__file__).resolve().parent.parent
     sources = sorted(path for package in ("learner", "privacy") for path in (root / package).rglob("*.py"))
     return sha256_of({str(path.relative_to(root)): sha256(path.read_bytes()).hexdigest() for path in sources})
+
+
+def plan_round(
+    *,
+    round_id: str,
+    attempt: int,
+    stream: str,
+    parent_sha256: str | None,
+    base_sha256: str,
+    data_revision: str,
+    new: Sequence[BlockAccount],
+    replay: Sequence[BlockAccount] = (),
+    expected_batch: float = 384,
+    steps: int = 30,
+    clip_norm: float = 1.0,
+    replay_rate: float = 0.25,
+    q_max: float = 0.5,
+    sigma_max: float = SIGMA_MAX,
+    lora: LoraSettings | None = None,
+    optimiser: OptimiserSettings | None = None,
+    noise_source: Literal["system", "test"] = "system",
+) -> RoundPlan:
+    """Choose rates and noise for a round from settings, ledger and public sizes alone.
+
+    A unit of a new block is drawn at q, one of a replay block at replay_rate * q (unit user: at q, everybody has one
+    rate), so that the draw is expected to hold `expected_batch` units; where q would pass q_max, the batch shrinks.
+    sigma is the smallest with which each new block pays at most (1 - replay_share) / attempts of its cap. Replay
+    blocks that cannot pay what is then asked of them are left out, by the ledger alone.
+
+    Raises:
+        PlanError: no new block, blocks of different units, or a new block that cannot pay at sigma <= sigma_max.
+    """
+    unit = _unit_of([*new, *replay])
+    if not new:
+        raise PlanError("new blocks=0: must be >= 1; wait for ingest to seal a block")
+    rate = 1.0 if unit == "user" else replay_rate
+    kept = tuple(replay) if replay_rate else ()
+    while True:
+        q, batch = _rate(new, kept, rate, expected_batch, q_max)
+        sigma = _sigma(new, q, steps, sigma_max)
+        able = tuple(block for block in kept if _share(block, q * rate, sigma, steps) <= 1.0)
+        if len(able) == len(kept):
+            break
+        kept = able  # fewer units share the batch now, so the others' rate rises: look again
+    return RoundPlan(
+        round_id=round_id,
+        attempt=attempt,
+        stream=stream,
+        parent_sha256=parent_sha256,
+        base_sha256=base_sha256,
+        data_revision=data_revision,
+        unit=unit,
+        blocks=(
+            *(BlockRate(id=block.block_id, q=q) for block in new),
+            *(BlockRate(id=block.block_id, q=q * rate) for block in kept),
+        ),
+        left_out=tuple(block.block_id for block in replay if block not in kept),
+        orders=tuple(sorted({int(order) for block in (*new, *kept) for order in block.policy["orders"]})),
+        sigma=sigma,
+        clip_norm=clip_norm,
+        steps=steps,
+        expected_batch=batch,
+        lora=lora or LoraSettings(),
+        optimiser=optimiser or OptimiserSettings(),
+        noise_source=noise_source,
+        code_sha256=code_sha256(),
+    )
+
+
+def _unit_of(blocks: Sequence[BlockAccount]) -> Literal["record", "user"]:
+    units = sorted({str(block.policy["unit"]) for block in blocks})
+    if len(units) > 1:
+        raise PlanError(f"privacy.unit={','.join(units)}: must be one for all blocks of a round; plan them apart")
+    return "user" if units == ["user"] else "record"
+
+
+def _rate(
+    new: Sequence[BlockAccount], replay: Sequence[BlockAccount], rate: float, expected_batch: float, q_max: float
+) -> tuple[float, float]:
+    """Q of the new blocks, and the batch to expect."""
+    weight = sum(block.units for block in new) + rate * sum(block.units for block in replay)
+    if weight <= 0:
+        raise PlanError("nominal_units=0 in all blocks: must be > 0 after the holdout; lower privacy.holdout_share")
+    q = min(expected_batch / weight, q_max)
+    return q, q * weight
+
+
+def _sigma(new: Sequence[BlockAccount], q: float, steps: int, sigma_max: float) -> float:
+    """The smallest noise at which every new block pays within its allowance and within what is left of its cap."""
+    demands = []
+    for block in new:
+        orders = tuple(block.policy["orders"])
+        demands.append((q, (0.0,) * len(orders), _allowance(block), orders))
+        demands.append((q, block.spent, tuple(block.policy["caps"]), orders))
+    sigma = calibrate(demands, steps)
+    if sigma is not None and sigma <= sigma_max:
+        return sigma
+    shares = {block.block_id: _share(block, q, sigma_max, steps, new=True) for block in new}
+    missing = ", ".join(f"{name} lacks {share - 1:.0%} of its allowance" for name, share in shares.items() if share > 1)
+    raise PlanError(
+        f"sigma={'none' if sigma is None else sigma}: must be <= {sigma_max:g}; at that bound {missing}; "
+        f"choose fewer steps (now {steps}), a smaller expected_batch (now q={q:.3g}), or wait for new blocks"
+    )
+
+
+def _allowance(block: BlockAccount) -> tuple[float, ...]:
+    """Per order, what a block may pay for one attempt at being new; the rest is kept for replay and other attempts."""
+    part = (1.0 - float(block.policy["replay_share"])) / int(block.policy["attempts"])
+    return tuple(part * cap for cap in block.policy["caps"])
+
+
+def _share(block: BlockAccount, q: float, sigma: float, steps: int, *, new: bool = False) -> float:
+    """What the block would have used of its filter afterwards, at its best order; above 1 it cannot pay.
+
+    For a new block also what it would use of its allowance, whichever is worse.
+    """
+    rho = rdp(q, sigma, steps, tuple(block.policy["orders"]))
+    used = share_used([s + r for s, r in zip(block.spent, rho, strict=True)], tuple(block.policy["caps"]))
+    return max(used, share_used(rho, _allowance(block))) if new else used

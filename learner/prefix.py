@@ -100,7 +100,7 @@ class SplitModel:
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:
     """(B, T, heads * d) to (B, heads, T, d)."""
-    return x.unflatten(2, (-1, head_dim)).transpose(1, 2)
+    return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)
 
 
 def _at(hidden: Tensor, positions: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class PrefixCache:
         self._kept: dict[int, Tensor] = {}
 
     def fill(self, wanted: Sequence[int], tokens_max: int) -> None:
-        """Compute the records `wanted`, shortest first, until the bound; the order is fixed, so a resumed round has the same cache.
+        """Compute the records `wanted`, shortest first, until the bound. The order is fixed: a resumed round repeats it.
 
         With nothing below the lowest adapted layer there is nothing to keep but embeddings, which are looked up faster.
         """

@@ -1,7 +1,7 @@
 """Poisson sampling of privacy units, and the split of a draw into physical batches.
 
-Every unit is drawn independently with its block's rate (Mironov, Talwar, Zhang 2019 assume exactly this). The draw comes
-first and is never truncated or topped up; how it is then cut into batches of like length only changes speed.
+Every unit is drawn independently with its block's rate (Mironov, Talwar, Zhang 2019 assume exactly this). The draw
+comes first and is never truncated or topped up; how it is then cut into batches of like length only changes speed.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from learner.prefix import PrefixCache, SplitModel
     from privacy.randomness import KeyedStream
 
-# A sum of squares over a 400,000-long fp32 row is off by 5e-5, enough to exceed C: chunks of this size are summed in fp64.
+# The fp32 norm of a 400,000-long row is off by 5e-5, enough to exceed C. Chunks of this size are summed in fp64.
 NORM_CHUNK = 4096
 # Above this norm the factor C / norm would be a denormal fp32 number, too coarse to hold the bound: as broken as NaN.
 NORM_MAX = 1e30
@@ -99,9 +99,7 @@ class PrivateStep:
         lengths = [len(example.ids) for example in self._examples]
         limits = self._limits
         seeds = self._dropout_seeds(stream)
-        for batch in split(
-            drawn, self._units, lengths, tokens_max=limits.tokens_max, rows_max=limits.rows_max
-        ):
+        for batch in split(drawn, self._units, lengths, tokens_max=limits.tokens_max, rows_max=limits.rows_max):
             rows = self._unit_gradients(batch, seeds)
             total += weighted_sum(rows, clip_weights(rows, self._mechanism.clip_norm))
         return total
@@ -134,10 +132,11 @@ class PrivateStep:
         hidden = self._halves.upper(self._cache.hidden(indices), positions)  # (B, C, H)
         leaf = hidden.detach()[row, column].requires_grad_()  # (N, H): without the padding
         normed = self._halves.norm(leaf)
-        normed.backward(loss_gradient(normed.detach(), self._halves.head, target, weight))
-        slope = torch.zeros_like(hidden)
-        slope[row, column] = leaf.grad
-        hidden.backward(slope)
+        slopes = loss_gradient(normed.detach(), self._halves.head, target, weight)
+        (slope,) = torch.autograd.grad(normed, leaf, slopes)  # (N, H)
+        padded_slope = torch.zeros_like(hidden)
+        padded_slope[row, column] = slope
+        torch.autograd.backward(hidden, padded_slope)
         return rows
 
 
@@ -158,7 +157,8 @@ def loss_gradient(hidden: Tensor, head: Tensor, target: Tensor, weight: Tensor) 
 def clip_weights(rows: Tensor, clip_norm: float) -> Tensor:
     """(U,) factors min(1, C / norm). A row that is not finite is set to zero in place and counts as a zero gradient."""
     squares = torch.zeros(len(rows), dtype=torch.float64)
-    for chunk in rows.split(NORM_CHUNK, dim=1):
+    for first in range(0, rows.shape[1], NORM_CHUNK):
+        chunk = rows[:, first : first + NORM_CHUNK]
         squares += chunk.double().square_().sum(dim=1)
     norms = squares.sqrt_()
     broken = ~(norms < NORM_MAX)  # also true for NaN
@@ -174,10 +174,15 @@ def weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def completions(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Per completion token, each (N,): its example, its place in the completion, the position that predicts it, its id,
-    and its weight: 1 / (its own example's completion length), so that no example's loss depends on another's.
+    """Per completion token (N,): example, place in the completion, position that predicts it, id, weight.
+
+    The weight is 1 / (its own example's completion length), so that no example's loss depends on another's.
     """
-    row, column, position, target, weight = [], [], [], [], []
+    row: list[int] = []
+    column: list[int] = []
+    position: list[int] = []
+    target: list[int] = []
+    weight: list[float] = []
     for index, example in enumerate(examples):
         ids, start = example.ids, example.completion_start
         count = len(ids) - start

@@ -1,0 +1,243 @@
+"""One private LoRA round: plan, base, parent and records in, one adapter out.
+
+Loss, gradient norms and draw sizes are private and are neither computed for show, nor logged, nor returned. A round
+that dies is run again with the same arguments: it continues from its checkpoint and ends in the same bytes. The ledger
+is the caller's: it reserves and starts before, commits after, and destroys the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+import structlog
+import torch
+
+from learner.adapter import read_adapter, write_adapter
+from learner.base import load_model, load_tokenizer
+from learner.checkpoint import FILE, Checkpoint, load, save
+from learner.crosscheck import check_charges
+from learner.errors import AdapterError, ResumeRefused, RoundError
+from learner.lora import LoraModel
+from learner.optimiser import FlatAdamW
+from learner.plan import code_sha256
+from learner.prefix import PrefixCache, SplitModel
+from learner.prompt import Renderer
+from learner.sampling import Unit, draw, gather
+from learner.step import Example, Limits, Mechanism, PrivateStep
+from privacy.canonical import sha256_of
+from privacy.randomness import KeyedStream, RoundKey, TestKey
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ingest.record import Record
+    from learner.base import Base
+    from learner.plan import RoundPlan
+
+Progress = Callable[[int, int], None]
+"""Called with (steps done, steps in all), and nothing else: what a step looked like is private."""
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What only speed and memory depend on. No value here changes what is computed, beyond the last bits of rounding.
+
+    Attributes:
+        threads: CPU threads; None keeps torch's. A resumed round uses those it began with.
+        checkpoint_steps: a crash repeats at most this many steps.
+        tokens_max: padded tokens in a physical batch. 2048 of them fill both cores and stay near the caches.
+        rows_max: examples in a physical batch, where the buffer allows it.
+        buffer_bytes_max: memory of the per-sample gradients.
+        prefix_bytes_max: memory of the prefix cache.
+    """
+
+    threads: int | None = None
+    checkpoint_steps: int = 5
+    tokens_max: int = 2048
+    rows_max: int = 64
+    buffer_bytes_max: int = 512 << 20
+    prefix_bytes_max: int = 2 << 30
+
+
+@dataclass(frozen=True)
+class RoundOutput:
+    """What leaves a round."""
+
+    adapter_dir: Path
+    adapter_sha256: str
+    resumed: bool
+    max_abs_delta: float  # largest change of a weight against the parent; post-processing, so it may be shown
+
+
+def run_round(
+    plan: RoundPlan,
+    *,
+    base: Base,
+    parent_dir: Path | None,
+    records: Mapping[str, Sequence[Record]],
+    key: RoundKey | TestKey,
+    system: str | None,
+    checkpoint_dir: Path,
+    out_dir: Path,
+    max_tokens: int,
+    progress: Progress | None = None,
+    speed: Speed | None = None,
+) -> RoundOutput:
+    """Train one adapter under the plan, or continue where an interrupted run with the same arguments stopped.
+
+    Args:
+        plan: what is charged, and so what runs.
+        base: the base model the plan names.
+        parent_dir: the live adapter the plan names; None when the plan has no parent.
+        records: training records per block of the plan; a mapping may load them on access.
+        key: the round's key, a `TestKey` exactly when the plan says so.
+        system: system prompt for rendering, as in serving.
+        checkpoint_dir: this attempt's own folder.
+        out_dir: becomes the adapter's folder.
+        max_tokens: longer records lose the beginning of their prompt.
+        progress: told after each step.
+        speed: knobs without influence on the result.
+
+    Raises:
+        RoundError: plan and arguments do not belong together, or nothing was learnt.
+        ResumeRefused: a checkpoint exists, but plan, data, base or code have changed.
+        AdapterError: the parent does not fit the plan's LoRA settings, or the result is not finite.
+    """
+    speed = speed or Speed()
+    _check_arguments(plan, base, parent_dir, key, checkpoint_dir)
+    check_charges(plan)
+    gathered, units = gather(plan.blocks, _complete(plan, records), plan.unit)
+    context = {
+        "plan": plan.plan_hash,
+        "data": _data_sha256(plan, gathered, system, max_tokens),
+        "base": base.sha256,
+        "code": plan.code_sha256,
+    }
+    found = load(checkpoint_dir, context)
+    threads = found.threads if found else speed.threads or torch.get_num_threads()
+    with _threads(threads):
+        renderer = Renderer(load_tokenizer(base), system)
+        examples = [_example(renderer, record, max_tokens) for record in gathered]
+        lora = _start(plan, base, parent_dir, speed)
+        begin = lora.theta.clone()
+        streams = [KeyedStream(key, context, step) for step in range(plan.steps)]
+        optimiser = _continue(lora, plan, found)
+        step = _private_step(plan, lora, examples, units, streams, speed)
+
+        def keep(done: int) -> None:
+            if done % speed.checkpoint_steps == 0 or done == plan.steps:
+                state = Checkpoint(done, threads, lora.theta, optimiser.first, optimiser.second)
+                save(checkpoint_dir, state, context)
+            if progress:
+                progress(done, plan.steps)
+
+        for number in range(found.step if found else 0, plan.steps):
+            optimiser.step(step.gradient(streams[number]), number)
+            keep(number + 1)
+        delta = float((lora.theta - begin).abs().max())
+    if not delta > 0.0:
+        raise RoundError(f"max|delta|={delta}: must be > 0; no adapted layer was trained, report this")
+    digest = write_adapter(out_dir, plan.lora, lora.weights(), base)
+    log.info("round trained", stream=plan.stream, round_id=plan.round_id, attempt=plan.attempt, steps=plan.steps)
+    return RoundOutput(out_dir, digest, resumed=found is not None, max_abs_delta=delta)
+
+
+def _check_arguments(
+    plan: RoundPlan, base: Base, parent_dir: Path | None, key: RoundKey | TestKey, checkpoint_dir: Path
+) -> None:
+    """Refuse what does not belong to the plan, while nothing private has been read."""
+    if plan.code_sha256 != code_sha256():
+        kind = ResumeRefused if (checkpoint_dir / FILE).exists() else RoundError
+        raise kind(f"code_sha256={code_sha256()}: must be {plan.code_sha256} as planned; start a new attempt")
+    if base.sha256 != plan.base_sha256:
+        raise RoundError(f"base_sha256={base.sha256}: must be {plan.base_sha256} as planned; start a new attempt")
+    parent = read_adapter(parent_dir, base=base).sha256 if parent_dir else None
+    if parent != plan.parent_sha256:
+        raise RoundError(f"parent_sha256={parent}: must be {plan.parent_sha256} as planned; start a new attempt")
+    source = "test" if isinstance(key, TestKey) else "system"
+    if source != plan.noise_source:
+        raise RoundError(f"noise_source={plan.noise_source}: the key is for {source}; give the key that was planned")
+
+
+def _complete(plan: RoundPlan, records: Mapping[str, Sequence[Record]]) -> Mapping[str, Sequence[Record]]:
+    missing = [block.id for block in plan.blocks if block.id not in records]
+    if missing:
+        raise RoundError(f"records: block {missing[0]} of the plan is missing; pin the revision of the plan")
+    return records
+
+
+def _data_sha256(plan: RoundPlan, gathered: Sequence[Record], system: str | None, max_tokens: int) -> str:
+    """Hash of all that the examples follow from. As secret as the data: it stays in checkpoint and key stream."""
+    digest = sha256(sha256_of([plan.data_revision, system, max_tokens]).encode())
+    for record in gathered:
+        digest.update(sha256_of([record.user_id, record.event_id, record.prompt, record.completion]).encode())
+    return digest.hexdigest()
+
+
+def _example(renderer: Renderer, record: Record, max_tokens: int) -> Example:
+    """Token ids, cut from the left: the completion's end is what must be learnt. One prompt token stays before it."""
+    ids, start = renderer.example(record.prompt, record.completion)
+    cut = max(0, len(ids) - max_tokens)
+    return Example(tuple(ids[cut:]), max(1, start - cut))
+
+
+def _start(plan: RoundPlan, base: Base, parent_dir: Path | None, speed: Speed) -> LoraModel:
+    """The model with the parent's weights, or with fresh ones under a public seed: the plan's hash."""
+    model = load_model(base)
+    width = LoraModel.width(model, plan.lora)
+    rows_max = max(1, min(speed.rows_max, speed.buffer_bytes_max // (4 * width)))
+    lora = LoraModel(model, plan.lora, rows_max)
+    if parent_dir is None:
+        lora.start_fresh(int(plan.plan_hash[:15], 16))
+        return lora
+    parent = read_adapter(parent_dir, base=base)
+    if parent.scaling != plan.lora.scale:
+        raise AdapterError(
+            f"parent adapter: scale={parent.scaling}, must be {plan.lora.scale}; keep lora.alpha, r and rslora"
+        )
+    lora.load(parent.weights)
+    return lora
+
+
+def _continue(lora: LoraModel, plan: RoundPlan, found: Checkpoint | None) -> FlatAdamW:
+    optimiser = FlatAdamW(lora.theta, plan.optimiser, plan.steps)
+    if found:
+        lora.theta.copy_(found.theta)
+        optimiser.first.copy_(found.first)
+        optimiser.second.copy_(found.second)
+    return optimiser
+
+
+def _private_step(
+    plan: RoundPlan,
+    lora: LoraModel,
+    examples: Sequence[Example],
+    units: Sequence[Unit],
+    streams: Sequence[KeyedStream],
+    speed: Speed,
+) -> PrivateStep:
+    """The step, with the prefixes of every record that any step will draw computed already."""
+    halves = SplitModel(lora.model, lora.layers[0])
+    cache = PrefixCache(halves, [example.ids for example in examples], speed.prefix_bytes_max)
+    drawn = {unit for stream in streams for unit in draw(units, stream)}
+    cache.fill([index for unit in drawn for index in units[unit].examples], speed.tokens_max)
+    mechanism = Mechanism(plan.clip_norm, plan.sigma, plan.expected_batch)
+    limits = Limits(speed.tokens_max, lora.gradients.rows_max)
+    return PrivateStep(lora, halves, cache, examples, units, mechanism, limits)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Fix torch's thread count: how a sum is cut among threads decides its last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
