@@ -142,6 +142,7 @@ def evaluate(
         *(() if of_live is None else (_forgetting(seen, of_live),)),
         _weights_changed(facts),
         _budget_kept(facts),
+        _private_noise(facts),
         _macro_f1(seen),
         *(() if of_live is None else (_better_than_live(seen, of_live),)),
         *in_form,
@@ -283,6 +284,15 @@ def _budget_kept(facts: CandidateFacts) -> Gate:
     return Gate(
         "budget_kept", "filter-share/1", outcome, sentence, "<= 1", value=share if math.isfinite(share) else None
     )
+
+
+def _private_noise(facts: CandidateFacts) -> Gate:
+    """Reproducible noise guarantees nothing, so such a candidate is for tests alone."""
+    outcome: Outcome = "passed" if facts.private else "failed"
+    sentence = "noise came from the operating system's generator, under a key that is destroyed"
+    if not facts.private:
+        sentence = "trained with test noise: epsilon is infinity, so it can never be promoted"
+    return Gate("private_noise", "noise-source/1", outcome, sentence, "noise_source=system")
 
 
 def _macro_f1(seen: _Seen) -> Gate:

@@ -32,7 +32,9 @@ def examine(service: Service, stream: str | None) -> dict[str, Any]:
         service.ledger.require_head(receipt["ledger_head"])
         receipts += 1
     verified.append(f"receipts: {receipts} signatures, each anchored in the ledger's chain")
-    verified.append(f"approvals: {service.approvals().verify(service.trusted("approvals"))} signatures and their hash chain")
+    verified.append(
+        f"approvals: {service.approvals().verify(service.trusted('approvals'))} signatures and their hash chain"
+    )
     streams = {}
     for name in names:
         report = audit(service.ledger, name).as_json()

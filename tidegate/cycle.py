@@ -16,14 +16,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from tidegate import ancestry
 from tidegate.errors import RoundRefused
 from tidegate.evidence import judge, register
 from tidegate.planning import make_plan
@@ -97,13 +95,15 @@ def run(
     with _only_round(service, stream):
         plan = _unfinished(service, stream)
         if plan is None:
-            fresh = make_plan(service, stream, tell, test_seed)
+            fresh = make_plan(service, stream, tell, test_noise=test_seed is not None)
             if isinstance(fresh, str):
                 return NothingToDo(stream, fresh)
             plan = fresh
             _write(service.workspace.rounds(plan.round_id) / "plan.json", plan.as_json())
-        base = service.base(stream, lambda what, share: tell(what, int(share * 100), 100))
-        trained = _train(service, plan, base, tell, test_seed)
+            if test_seed is not None:
+                _write(service.workspace.rounds(plan.round_id) / "seed.json", test_seed)
+        base = service.base(stream, lambda done, of, what: tell(what, done, of))
+        trained = _train(service, plan, base, tell)
         evaluation, verdict = judge(service, trained, base, tell)
         end = register(service, trained, base, evaluation, verdict)
         _write(service.workspace.rounds(plan.round_id) / "ended.json", end)
@@ -150,21 +150,22 @@ def _unfinished(service: Service, stream: str) -> RoundPlan | None:
     return None
 
 
-def _train(service: Service, plan: RoundPlan, base: Base, tell: Progress, test_seed: int | None) -> Trained:
+def _train(service: Service, plan: RoundPlan, base: Base, tell: Progress) -> Trained:
     """Reserve, start, train, commit; on a resume that is not exact, the same again as the next attempt."""
     from learner.errors import ResumeRefused
+    from learner.plan import code_sha256
 
     committed = _committed(service, plan)
     if committed is not None:
         return committed
     try:
-        return _attempt(service, plan, base, tell, test_seed)
+        return _attempt(service, plan, base, tell)
     except ResumeRefused as reason:
-        again = replace(plan, attempt=plan.attempt + 1)
+        again = plan.model_copy(update={"attempt": plan.attempt + 1, "code_sha256": code_sha256()})
         log.warning("new attempt", stream=plan.stream, round=plan.round_id, attempt=again.attempt, reason=str(reason))
         shutil.rmtree(service.workspace.checkpoints(plan.round_id, plan.attempt), ignore_errors=True)
         _write(service.workspace.rounds(plan.round_id) / "plan.json", again.as_json())
-        return _attempt(service, again, base, tell, test_seed)
+        return _attempt(service, again, base, tell)
 
 
 def _committed(service: Service, plan: RoundPlan) -> Trained | None:
@@ -177,9 +178,9 @@ def _committed(service: Service, plan: RoundPlan) -> Trained | None:
     return Trained(plan, service.workspace.adapters / sha, sha, receipt)
 
 
-def _attempt(service: Service, plan: RoundPlan, base: Base, tell: Progress, test_seed: int | None) -> Trained:
-    from learner.errors import ResumeRefused
-    from learner.round import run_round
+def _attempt(service: Service, plan: RoundPlan, base: Base, tell: Progress) -> Trained:
+    from learner.round import Speed, run_round
+    from privacy.randomness import RoundKey
 
     ledger = service.ledger
     folder = service.workspace.checkpoints(plan.round_id, plan.attempt)
@@ -193,34 +194,27 @@ def _attempt(service: Service, plan: RoundPlan, base: Base, tell: Progress, test
         noise_source=plan.noise_source,
     )
     key_file = folder / "round.key"
-    if row.state == "reserved":
-        # Nothing private was read yet: a key left by a crash before `start` was never used.
-        key_file.unlink(missing_ok=True)
-        key = _new_key(plan, key_file, test_seed)
-        ledger.start(plan.round_id, plan.attempt, plan.plan_hash)
-    elif key_file.exists():
-        key = _old_key(plan, key_file)
-    elif row.state == "started":
-        raise ResumeRefused(f"round={plan.round_id} attempt={plan.attempt}: its key is gone; a new attempt starts")
-    else:
+    if row.state not in {"reserved", "started"}:
         raise RoundRefused(
             f"round={plan.round_id} attempt={plan.attempt}: the ledger says {row.state}, but its receipt is gone; "
             f"it was charged and cannot be trained again: remove rounds/{plan.round_id}/ to plan a new round"
         )
+    key = _key(service, plan, key_file, fresh=row.state == "reserved")
+    ledger.start(plan.round_id, plan.attempt, plan.plan_hash)
     records = _records(service, plan, tell)
+    learner = service.stream(plan.stream).learner
     output = run_round(
         plan,
         base=base,
         parent_dir=_parent_dir(service, plan),
         records=records,
         key=key,
-        system=service.stream(plan.stream).learner.system,
+        system=learner.system,
         checkpoint_dir=folder / "steps",
         out_dir=folder / "adapter",
-        max_tokens=service.stream(plan.stream).learner.max_tokens,
-        checkpoint_steps=service.stream(plan.stream).learner.checkpoint_steps,
-        threads=service.settings.service.threads,
+        max_tokens=learner.max_tokens,
         progress=lambda step, steps: tell("train", step, steps),
+        speed=Speed(threads=service.settings.service.threads, checkpoint_steps=learner.checkpoint_steps),
     )
     kept = service.workspace.adapters / output.adapter_sha256
     if not kept.exists():
@@ -228,32 +222,34 @@ def _attempt(service: Service, plan: RoundPlan, base: Base, tell: Progress, test
     ledger.commit(plan.round_id, plan.attempt, plan.plan_hash, adapter_sha256=output.adapter_sha256)
     receipt = _receipt(service, plan, output.adapter_sha256)
     _write(service.workspace.rounds(plan.round_id) / "receipt.json", receipt)
-    _destroy(key_file)
+    RoundKey.destroy(key_file)
     shutil.rmtree(folder, ignore_errors=True)
     return Trained(plan, kept, output.adapter_sha256, receipt)
 
 
-def _new_key(plan: RoundPlan, file: Path, test_seed: int | None) -> RoundKey | TestKey:
+def _key(service: Service, plan: RoundPlan, file: Path, *, fresh: bool) -> RoundKey | TestKey:
+    """The round's key: made when nothing private was read yet, else the very same one.
+
+    Raises:
+        ResumeRefused: the round has started and its key is gone.
+    """
+    from learner.errors import ResumeRefused
     from privacy.randomness import RoundKey, TestKey
 
     if plan.noise_source == "test":
-        file.write_text(str(test_seed), encoding="ascii")
-        return TestKey(test_seed or 0)
-    return RoundKey.create(file)
-
-
-def _old_key(plan: RoundPlan, file: Path) -> RoundKey | TestKey:
-    from privacy.randomness import RoundKey, TestKey
-
-    if plan.noise_source == "test":
-        return TestKey(int(file.read_text(encoding="ascii")))
+        return TestKey(test_seed_of(service, plan.round_id))
+    if fresh:
+        # A key that a crash left before `start` was never used.
+        file.unlink(missing_ok=True)
+        return RoundKey.create(file)
+    if not file.exists():
+        raise ResumeRefused(f"round={plan.round_id} attempt={plan.attempt}: its key is gone; a new attempt starts")
     return RoundKey.load(file)
 
 
-def _destroy(file: Path) -> None:
-    from privacy.randomness import RoundKey
-
-    RoundKey.destroy(file)
+def test_seed_of(service: Service, round_id: str) -> int:
+    """The seed of a round with test noise, as it was given."""
+    return int(json.loads((service.workspace.rounds(round_id) / "seed.json").read_text(encoding="utf-8")))
 
 
 def _records(service: Service, plan: RoundPlan, tell: Progress) -> dict[str, Any]:
@@ -285,19 +281,34 @@ def _parent_dir(service: Service, plan: RoundPlan) -> Path | None:
 def _receipt(service: Service, plan: RoundPlan, adapter_sha256: str) -> dict[str, Any]:
     from privacy.receipts import make_receipt
 
-    policy = service.policy(plan.stream)
-    infinite = plan.noise_source == "test"
+    # A unit is in one block (unit record) or may be in all (unit user): the claim is the largest sealed one.
+    policies = [service.ledger.policy(block.id) for block in plan.blocks]
     return make_receipt(
         plan_hash=plan.plan_hash,
         adapter_sha256=adapter_sha256,
         ledger_head=service.ledger.head(),
-        unit=policy.unit,
-        epsilon=float("inf") if infinite else policy.epsilon,
-        delta=policy.delta,
+        unit=plan.unit,
+        epsilon=None if plan.noise_source == "test" else max(p.epsilon for p in policies),
+        delta=max(p.delta for p in policies),
         signer=service.signer("receipts"),
     )
 
 
-def now() -> str:
-    """The time, UTC, RFC 3339."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+def train_with_test_noise(service: Service, plan: RoundPlan, folder: Path) -> Path:
+    """Train a test-noise plan again into `folder`, charging nothing: its epsilon is infinity already."""
+    from learner.round import Speed, run_round
+    from privacy.randomness import TestKey
+
+    learner = service.stream(plan.stream).learner
+    return run_round(
+        plan,
+        base=service.base(plan.stream),
+        parent_dir=_parent_dir(service, plan),
+        records=_records(service, plan, lambda _what, _done, _of: None),
+        key=TestKey(test_seed_of(service, plan.round_id)),
+        system=learner.system,
+        checkpoint_dir=folder / "steps",
+        out_dir=folder / "adapter",
+        max_tokens=learner.max_tokens,
+        speed=Speed(threads=service.settings.service.threads, checkpoint_steps=learner.checkpoint_steps),
+    ).adapter_dir

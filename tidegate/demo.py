@@ -116,7 +116,7 @@ def _prepare(script: Script) -> Service:
         output.say(f"made   {made}")
     service = open_service(str(script.root))
     script.heading("the base model, then broker, registry, ingest and server")
-    base = service.base(STREAM, lambda what, share: output.say(f"base model: {what} {share:.0%}"))
+    base = service.base(STREAM, lambda done, of, what: output.say(f"base model: {what} ({done} of {of})"))
     output.say(f"base model {base.name}, licence {base.licence}, sha256 {base.sha256[:16]}")
     return service
 

@@ -53,9 +53,9 @@ def facts_of(service: Service, trained: Trained, base: Base) -> Any:
     from learner.adapter import read_adapter
 
     plan = trained.plan
-    policy = service.policy(plan.stream)
-    adapter = read_adapter(trained.adapter_dir, base)
-    parent = read_adapter(service.workspace.adapters / plan.parent_sha256, base) if plan.parent_sha256 else None
+    policies = [service.ledger.policy(block.id) for block in plan.blocks]
+    adapter = read_adapter(trained.adapter_dir, base=base)
+    parent = read_adapter(service.workspace.adapters / plan.parent_sha256, base=base) if plan.parent_sha256 else None
     shares = [service.ledger.share_used(block.id) for block in plan.blocks]
     return CandidateFacts(
         adapter_sha256=trained.adapter_sha256,
@@ -64,9 +64,9 @@ def facts_of(service: Service, trained: Trained, base: Base) -> Any:
         max_abs_delta=adapter.max_abs_delta(parent),
         budget_kept=max(shares) <= 1.0,
         share_used=max(shares),
-        epsilon=policy.epsilon,
-        delta=policy.delta,
-        unit=policy.unit,
+        epsilon=max(p.epsilon for p in policies),
+        delta=max(p.delta for p in policies),
+        unit=plan.unit,
         private=plan.noise_source == "system",
     )
 
@@ -81,8 +81,8 @@ def register(
     plan, stream, model = trained.plan, trained.plan.stream, service.model(trained.plan.stream)
     versions = service.store.versions(model)
     parent = next((v for v in versions if v.tag("adapter_sha256") == plan.parent_sha256), None)
-    passed = evaluation.outcome == "passed" and plan.noise_source == "system"
-    state = "candidate" if passed else ("failed" if evaluation.outcome != "undecided" else "undecided")
+    passed = evaluation.outcome == "passed"
+    state = "candidate" if passed else evaluation.outcome
     facts = facts_of(service, trained, base)
     report = version_markdown(
         evaluation,
@@ -122,7 +122,8 @@ def register(
     )
     if passed:
         for older in waiting(versions):
-            service.store.archive(model, older.version, state="superseded")
+            if older.version != version:
+                service.store.archive(model, older.version, state="superseded")
         service.store.to_staging(model, version)
     else:
         service.store.archive(model, version, state=state)

@@ -39,8 +39,8 @@ def trace(service: Service, what: str, stream: str | None) -> dict[str, Any]:
         "stream": name,
         "version": number,
         "adapter_sha256": version.tag("adapter_sha256"),
-        "base": f"{ancestry.tag(version, 'base_name')} ({ancestry.tag(version, 'base_licence')})",
-        "ancestry": [_step(service, name, v) for v in chain],
+        "base": f"{version.tag('base_name')} ({version.tag('base_licence')})",
+        "ancestry": [_step(service, name, chain[i:]) for i in range(len(chain))],
     }
 
 
@@ -53,7 +53,9 @@ def _only_stream(service: Service, stream: str | None) -> str:
     return name
 
 
-def _step(service: Service, stream: str, version: ModelVersion) -> dict[str, Any]:
+def _step(service: Service, stream: str, chain: list[ModelVersion]) -> dict[str, Any]:
+    version = chain[0]
+    known = frozenset().union(*(ancestry.block_ids(v) for v in chain[1:]))
     plan = json.loads(version.tag("plan") or "{}")
     revision = version.tag("data_revision")
     manifests = {m.block_id: m for m in service.repository().manifests(stream, revision=revision)}
@@ -62,7 +64,7 @@ def _step(service: Service, stream: str, version: ModelVersion) -> dict[str, Any
     for block in plan.get("blocks", ()):
         manifest = manifests[block["id"]]
         offsets = ", ".join(f"{topic}/{o.partition}: {o.start}-{o.end - 1}" for o in manifest.offsets)
-        use = "replay" if block.get("replay") else "new"
+        use = "replay" if block["id"] in known else "new"
         blocks.append({"id": block["id"], "use": use, "q": block["q"], "offsets": offsets})
     return {
         "version": version.version,

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ingest.manifest import Manifest
-    from learner.plan import RoundPlan
+    from learner.plan import BlockAccount, RoundPlan
     from tidegate.wiring import Service
 
 log = structlog.get_logger()
 
 
 def make_plan(
-    service: Service, stream: str, tell: Callable[[str, int, int], None], test_seed: int | None
+    service: Service, stream: str, tell: Callable[[str, int, int], None], *, test_noise: bool
 ) -> RoundPlan | str:
     """A plan for the stream's next round, or the reason why none is due.
 
@@ -30,7 +30,7 @@ def make_plan(
         RoundRefused: every new block has been tried as often as its policy allows.
         PlanError: no block can pay.
     """
-    from learner.plan import plan_round
+    from learner.plan import LoraSettings, OptimiserSettings, plan_round
 
     settings = service.stream(stream)
     repo = service.repository()
@@ -48,19 +48,29 @@ def make_plan(
     fresh = [m for m in manifests if m.block_id not in known]
     if not fresh:
         return f"nothing new since version {live.version if live else 0}"
-    base = service.base(stream, lambda what, share: tell(what, int(share * 100), 100))
+    base = service.base(stream, lambda done, of, what: tell(what, done, of))
+    learner = settings.learner
     plan = plan_round(
         stream=stream,
         round_id=next_round_id(service, stream),
         attempt=1,
         parent_sha256=live.adapter_sha256 if live else None,
-        base=base,
+        base_sha256=base.sha256,
         data_revision=revision,
-        new_blocks=_with_attempts_left(service, stream, fresh),
-        replay_blocks=[m for m in manifests if m.block_id in known],
-        ledger=service.ledger,
-        settings=settings.learner.model_dump(),
-        noise_source="system" if test_seed is None else "test",
+        new=[_account(service, m) for m in _with_attempts_left(service, stream, fresh)],
+        replay=[_account(service, m) for m in manifests if m.block_id in known],
+        expected_batch=learner.expected_batch,
+        steps=learner.steps,
+        clip_norm=learner.clip_norm,
+        replay_rate=learner.replay_rate,
+        q_max=learner.sampling_rate_max,
+        lora=LoraSettings(**learner.lora.model_dump()),
+        optimiser=OptimiserSettings(
+            learning_rate=learner.learning_rate,
+            warmup_share=learner.warmup_share,
+            weight_decay=learner.weight_decay,
+        ),
+        noise_source="test" if test_noise else "system",
     )
     log.info(
         "round planned",
@@ -73,12 +83,19 @@ def make_plan(
     return plan
 
 
+def _account(service: Service, manifest: Manifest) -> BlockAccount:
+    from learner.plan import BlockAccount
+
+    policy = manifest.policy.model_dump(mode="json")
+    return BlockAccount(manifest.block_id, policy, service.ledger.spent(manifest.block_id))
+
+
 def register_blocks(service: Service, stream: str, revision: str) -> list[Manifest]:
-    """Tell the ledger of every sealed block with the policy frozen in its manifest; returns those with records."""
+    """Tell the ledger of every sealed block with the policy frozen in its manifest; returns the manifests."""
     manifests = service.repository().manifests(stream, revision=revision)
     for manifest in manifests:
         service.ledger.register_block(stream, manifest.block_id, manifest.policy.model_dump(mode="json"))
-    return list(manifests)
+    return manifests
 
 
 def next_round_id(service: Service, stream: str) -> str:

@@ -36,7 +36,7 @@ def rebuild(service: Service, round_file: Path, out: Path) -> Rebuilt:
     from learner.plan import RoundPlan
 
     folder = round_file.parent / "rounds" / _read(round_file)["round_id"]
-    plan = RoundPlan.from_json(_read(folder / "plan.json"))
+    plan = RoundPlan.model_validate(_read(folder / "plan.json"))
     receipt = service.trusted("receipts").verify(_read(folder / "receipt.json"))
     verdict = service.trusted("verdicts").verify(_read(folder / "verdict.json"))
     _same("receipt.plan_hash", receipt["plan_hash"], plan.plan_hash)

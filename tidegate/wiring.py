@@ -175,7 +175,6 @@ class Service:
     def store(self) -> MlflowStore:
         """The model registry."""
         from registry.mlflow_store import MlflowStore
-    from registry.promotion import Trust
 
         return MlflowStore(self.mlflow_uri)
 
@@ -185,8 +184,8 @@ class Service:
 
         ingest = self.stream(stream).ingest
         return RecordLimits(
-            domains=ingest.domains,
-            labels=ingest.labels or None,
+            domains=frozenset(ingest.domains),
+            labels=frozenset(ingest.labels) or None,
             prompt_chars_max=ingest.prompt_chars_max,
             completion_chars_max=ingest.completion_chars_max,
         )
@@ -205,7 +204,7 @@ class Service:
             holdout_share=privacy.holdout_share,
         )
 
-    def base(self, stream: str, progress: Callable[[str, float], None] | None = None) -> Base:
+    def base(self, stream: str, progress: Callable[[int, int, str], None] | None = None) -> Base:
         """The prepared base model of a stream."""
         from learner.base import prepare_base
 

@@ -6,6 +6,7 @@ import json
 import sys
 import urllib.error
 import urllib.request
+from typing import Any
 
 import click
 
@@ -111,7 +112,7 @@ def ask(given: str | None, stream: str, prompt: str | None, *, max_tokens: int, 
     output.say(f"({reply['tidegate']['version']}; lineage: tidegate lineage {reply['id']})")
 
 
-def _post(url: str, body: dict[str, object]) -> dict[str, object]:
+def _post(url: str, body: dict[str, object]) -> dict[str, Any]:
     request = urllib.request.Request(  # noqa: S310 - the service's own http address
         url, json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
