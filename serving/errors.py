@@ -1,0 +1,80 @@
+"""What can go wrong in serving.
+
+ServingError
+├── EngineError             the engine cannot do what was asked
+│   ├── QueueFull           too many answers are waiting; carries `retry_after_s`
+│   ├── UnknownAdapter      no adapter of that name is resident
+│   └── PromptTooLong       prompt and answer do not fit the context
+├── SwapError               a wanted version cannot become live; the live one goes on
+│   ├── ApprovalRefused     its approval is missing, forged, for something else, or older than one already followed
+│   └── Ambiguous           the registry wants more than one version
+├── NotReady                nothing is known yet about what to serve
+├── AnswerIdError           an answer id is not one of ours
+└── RequestRefused          a client's request is wrong; carries OpenAI's `param` and `code`, and the HTTP status
+
+Every message is one line: name, value, bound, way out. It never holds a prompt or an answer.
+"""
+
+
+class ServingError(Exception):
+    """Root of everything serving raises on purpose."""
+
+
+class EngineError(ServingError):
+    """The engine cannot do what was asked."""
+
+
+class QueueFull(EngineError):
+    """Too many answers are waiting already.
+
+    Attributes:
+        retry_after_s: when to come back, in whole seconds.
+    """
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class UnknownAdapter(EngineError):
+    """No adapter of that name is resident."""
+
+
+class PromptTooLong(EngineError):
+    """Prompt and answer do not fit the context."""
+
+
+class SwapError(ServingError):
+    """A wanted version cannot become live; the live one goes on."""
+
+
+class ApprovalRefused(SwapError):
+    """The approval is missing, forged, for something else, or older than one already followed."""
+
+
+class Ambiguous(SwapError):
+    """The registry wants more than one version at once. Raised by the caller's `wanted`."""
+
+
+class NotReady(ServingError):
+    """Nothing is known yet about what to serve."""
+
+
+class AnswerIdError(ServingError):
+    """An answer id is not one of ours."""
+
+
+class RequestRefused(ServingError):
+    """A client's request is wrong.
+
+    Attributes:
+        status: HTTP status.
+        param: the offending field, or None.
+        code: OpenAI's machine-readable code, or None.
+    """
+
+    def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code

@@ -1,0 +1,483 @@
+"""The engine of the embedded defaults: one model in this process, on the CPU, many adapters, one thread that computes.
+
+Everything that touches the model runs on that thread, in turn: a step of the answers being written, the prompts that
+wait to join them, one pass of a scoring. Loading an adapter happens on the caller's thread and takes effect at once;
+answers hold the adapter they began with, so removing its name does not touch them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Self, TypeVar
+
+import numpy as np
+import structlog
+import torch
+from numpy.typing import NDArray
+
+from learner.base import Base, load_tokenizer
+from learner.errors import LearnerError
+from learner.prompt import Renderer
+from serving.decoding import Slots, choose
+from serving.engine import Finish, FinishReason, Piece, Sampling
+from serving.errors import EngineError, PromptTooLong, QueueFull, UnknownAdapter
+from serving.forward import Decoder, Resident, resident_from
+from serving.scoring import Scorer
+from serving.text import TextStream
+
+T = TypeVar("T")
+Event = Piece | Finish | EngineError
+
+# An idle engine waits this long for company before it runs a first prompt: less than a step of the smallest real model.
+WINDOW_S = 0.002
+# Padded tokens of prompts run together; answers being written wait for at most one such pass.
+JOIN_TOKENS = 1024
+PROBE_STEPS = 3
+RETRY_AFTER_S_MAX = 60
+
+log = structlog.get_logger()
+
+
+class _Writing:
+    """One answer, waiting or being written."""
+
+    def __init__(
+        self,
+        adapter: Resident | None,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        sink: Callable[[Event], None],
+    ) -> None:
+        self.adapter = adapter
+        self.prompt_ids = prompt_ids
+        self.sampling = sampling
+        self.sink = sink
+        self.cancelled = False
+        self.produced = 0
+        self.last = -1
+        self.began_s = 0.0
+        self.text: TextStream | None = None
+        self.generator: torch.Generator | None = None
+        if sampling.temperature > 0:
+            self.generator = torch.Generator()
+            self.generator.manual_seed(sampling.seed) if sampling.seed is not None else self.generator.seed()
+
+
+class InProcessAnswer:
+    """One answer on its way from the computing thread to an event loop."""
+
+    def __init__(self, writing: _Writing, events: asyncio.Queue[Event], cancel: Callable[[_Writing], None]) -> None:
+        self._writing = writing
+        self._events = events
+        self._cancel = cancel
+
+    async def __aiter__(self) -> AsyncIterator[Piece | Finish]:
+        """Pieces, then one Finish; EngineError when the answer could not be finished."""
+        while True:
+            event = await self._events.get()
+            if isinstance(event, EngineError):
+                raise event
+            yield event
+            if isinstance(event, Finish):
+                return
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
+        self._cancel(self._writing)
+
+
+class InProcessEngine:
+    """Serves and scores one base model with any number of adapters.
+
+    Args:
+        base: the base model.
+        system: the stream's system prompt, None leaves it to the template.
+        threads: CPU threads of one matrix product.
+        batch_max: most answers written at once.
+        queue_max: most answers waiting.
+        context_max: most tokens of prompt and answer together; never more than the model's own.
+
+    Raises:
+        LearnerError: the base cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        *,
+        system: str | None = None,
+        threads: int = 1,
+        batch_max: int = 16,
+        queue_max: int = 256,
+        context_max: int = 4096,
+    ) -> None:
+        self.base = base
+        self._decoder = Decoder(base)
+        self._renderer = Renderer(load_tokenizer(base), system)
+        self._rendering = threading.Lock()  # fast tokenizers change state while they encode
+        self._decoding_tokenizer = load_tokenizer(base).backend_tokenizer
+        self._ends = {self._renderer.end_id, self._renderer.tokenizer.eos_token_id} - {None}
+        self._threads = threads
+        self._batch_max = batch_max
+        self._queue_max = queue_max
+        self.context_max = min(context_max, self._decoder.context)
+        self._residents: dict[str, Resident] = {}
+        self._scorer = Scorer(self._decoder)
+        self._slots = Slots(self._decoder, batch_max)
+        self._active: list[_Writing] = []
+        self._waiting: deque[_Writing] = deque()
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._closed = False
+        self._answer_s = 1.0  # smoothed time of one answer, for Retry-After
+        self._worker = threading.Thread(target=self._work, name=f"engine {base.name}", daemon=True)
+        self._worker.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop computing; answers still on their way fail. Idempotent."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+        self._worker.join()
+
+    # Adapters
+
+    def load(self, name: str, adapter_dir: Path) -> None:
+        """Make an adapter resident under a name; one of that name is replaced, answers on it finish on the old one.
+
+        Raises:
+            EngineError: it is missing, damaged, not finite, or belongs to another base.
+        """
+        resident = resident_from(adapter_dir, name, self.base)
+        with self._wake:
+            self._residents = {**self._residents, name: resident}
+        log.info("adapter loaded", adapter=name, sha256=resident.sha256)
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter's name; answers on it finish."""
+        with self._wake:
+            self._residents = {key: value for key, value in self._residents.items() if key != name}
+        log.info("adapter unloaded", adapter=name)
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Names of resident adapters."""
+        return tuple(self._residents)
+
+    def probe(self, name: str | None) -> None:
+        """Run a tiny prompt and some steps.
+
+        Raises:
+            EngineError: a logit is not finite.
+            UnknownAdapter: no such adapter is resident.
+        """
+        adapter = self._adapter(name)
+        ids = self.render([{"role": "user", "content": "ping"}])
+
+        def run() -> None:
+            slots = Slots(self._decoder, 1)
+            logits = slots.add([ids], [adapter])
+            for _ in range(PROBE_STEPS):
+                if not logits.isfinite().all():
+                    raise EngineError(f"adapter {name}: its logits are not finite on a probe; train it anew")
+                logits = slots.step([int(logits.argmax())])
+
+        self._call(run)
+
+    # Prompts and answers
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, ending where the assistant begins to speak.
+
+        Raises:
+            EngineError: the model's chat template refuses these roles.
+        """
+        try:
+            with self._rendering:
+                return self._renderer.conversation_ids(messages)
+        except LearnerError as error:
+            raise EngineError(str(error)) from error
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of bare text; control tokens in it stay text."""
+        with self._rendering:
+            return self._renderer.completion_ids(text)[:-1]
+
+    async def submit(self, adapter: str | None, prompt_ids: Sequence[int], sampling: Sampling) -> InProcessAnswer:
+        """Queue one answer.
+
+        Raises:
+            QueueFull, UnknownAdapter, PromptTooLong: as in `serving.engine`.
+        """
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event] = asyncio.Queue()
+
+        def sink(event: Event) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        writing = self._checked(adapter, prompt_ids, sampling, sink)
+        with self._wake:
+            if len(self._waiting) >= self._queue_max:
+                raise QueueFull(
+                    f"waiting={len(self._waiting)}: must be < {self._queue_max}; come back later",
+                    self._retry_after_s(),
+                )
+            self._enqueue(writing)
+        return InProcessAnswer(writing, events, self._cancel)
+
+    @property
+    def waiting(self) -> int:
+        """Answers queued and not begun."""
+        return len(self._waiting)
+
+    @property
+    def writing(self) -> int:
+        """Answers being written."""
+        return len(self._active)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the computing thread lives."""
+        return self._worker.is_alive() and not self._closed
+
+    # Evaluation
+
+    def generate(self, adapter: str | None, prompts: Sequence[str], max_tokens: int) -> list[str]:
+        """Greedy answers to user prompts, in their order. Not bounded by `queue_max`.
+
+        Raises:
+            EngineError: an answer could not be finished.
+        """
+        sinks = []
+        for prompt in prompts:
+            events: SimpleQueue[Event] = SimpleQueue()
+            ids = self.render([{"role": "user", "content": prompt}])
+            writing = self._checked(adapter, ids, Sampling(max_tokens), events.put)
+            with self._wake:
+                self._enqueue(writing)
+            sinks.append(events)
+        return ["".join(_texts(events)) for events in sinks]
+
+    def score_labels(
+        self,
+        adapter: str | None,
+        prompts: Sequence[str],
+        labels: Sequence[str],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> NDArray[np.float64]:
+        """Summed log-likelihood of each label's completion tokens, end token included, behind each prompt.
+
+        Args:
+            adapter: a resident adapter, None for the bare base.
+            prompts: N user prompts.
+            labels: L completions.
+            progress: told (prompts done, prompts in all).
+
+        Returns:
+            (N, L) float64. Asking several adapters about the same prompts and labels one after the other shares the
+            layers below the lowest one any resident adapter changes.
+        """
+        resident = self._adapter(adapter)
+        scores = np.empty((len(prompts), len(labels)), dtype=np.float64)
+        if not scores.size:
+            return scores
+        ids = [self.render([{"role": "user", "content": prompt}]) for prompt in prompts]
+        with self._rendering:
+            completions = [self._renderer.completion_ids(label) for label in labels]
+        boundary = min((other.lowest for other in self._residents.values()), default=self._decoder.depth)
+        passes = self._scorer.scores(resident, boundary, ids, completions)
+        done = 0
+        while (found := self._call(lambda: next(passes, None))) is not None:
+            rows, values = found
+            scores[list(rows)] = values
+            done += len(rows)
+            if progress:
+                progress(done, len(prompts))
+        return scores
+
+    # Between threads
+
+    def _adapter(self, name: str | None) -> Resident | None:
+        if name is None:
+            return None
+        try:
+            return self._residents[name]
+        except KeyError:
+            known = ", ".join(self._residents) or "none"
+            raise UnknownAdapter(f"adapter={name}: not resident; load it first (resident: {known})") from None
+
+    def _checked(
+        self, adapter: str | None, prompt_ids: Sequence[int], sampling: Sampling, sink: Callable[[Event], None]
+    ) -> _Writing:
+        if not prompt_ids:
+            raise PromptTooLong("prompt tokens=0: must be >= 1; send some text")
+        if len(prompt_ids) + sampling.max_tokens > self.context_max:
+            raise PromptTooLong(
+                f"prompt tokens={len(prompt_ids)} + max_tokens={sampling.max_tokens}: must be <= {self.context_max}; "
+                "shorten the prompt or ask for fewer tokens"
+            )
+        return _Writing(self._adapter(adapter), prompt_ids, sampling, sink)
+
+    def _enqueue(self, writing: _Writing) -> None:
+        if self._closed:
+            raise EngineError("engine: is closed; start the server again")
+        self._waiting.append(writing)
+        self._wake.notify()
+
+    def _cancel(self, writing: _Writing) -> None:
+        with self._wake:
+            writing.cancelled = True
+            if writing in self._waiting:
+                self._waiting.remove(writing)
+
+    def _call(self, job: Callable[[], T]) -> T:
+        """Run something on the computing thread and wait for it."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(job())
+            except BaseException as error:  # noqa: BLE001 - it belongs to the caller, who waits for it
+                future.set_exception(error)
+
+        with self._wake:
+            if self._closed:
+                raise EngineError("engine: is closed; start the server again")
+            self._jobs.append(run)
+            self._wake.notify()
+        return future.result()
+
+    def _retry_after_s(self) -> int:
+        rounds = len(self._waiting) / self._batch_max
+        return max(1, min(RETRY_AFTER_S_MAX, math.ceil(rounds * self._answer_s)))
+
+    # The computing thread
+
+    def _work(self) -> None:
+        torch.set_num_threads(self._threads)
+        with torch.inference_mode():
+            while self._wait():
+                if self._jobs:
+                    self._jobs.popleft()()
+                try:
+                    self._join()
+                    self._step()
+                except Exception as error:  # whatever it is, the server must go on
+                    log.exception("step failed", answers=len(self._active))
+                    self._fail_all(EngineError(f"engine: a step failed ({type(error).__name__}); ask again"))
+        self._fail_all(EngineError("engine: is closed; ask again"))
+
+    def _wait(self) -> bool:
+        """Until there is something to do; False when closed and no job is left to be answered."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._closed or self._jobs or self._waiting or self._active)
+            if self._waiting and not self._active and not self._jobs:
+                self._wake.wait_for(lambda: self._closed or len(self._waiting) >= self._batch_max, WINDOW_S)
+            return bool(self._jobs) or not self._closed
+
+    def _join(self) -> None:
+        """Run the prompts of some waiting answers, so that they take part in the next step."""
+        joining: list[_Writing] = []
+        with self._wake:
+            longest = 0
+            while self._waiting and len(self._active) + len(joining) < self._batch_max:
+                longest = max(longest, len(self._waiting[0].prompt_ids))
+                if joining and longest * (len(joining) + 1) > JOIN_TOKENS:
+                    break
+                joining.append(self._waiting.popleft())
+        if not joining:
+            return
+        for writing in joining:
+            writing.text = TextStream(self._decoding_tokenizer, writing.sampling.stop)
+            writing.began_s = time.monotonic()
+        first = len(self._active)
+        self._active += joining
+        logits = self._slots.add([w.prompt_ids for w in joining], [w.adapter for w in joining])
+        self._take(first, logits)
+
+    def _step(self) -> None:
+        """One more token for every answer."""
+        for row in reversed(range(len(self._active))):
+            if self._active[row].cancelled:
+                self._leave(row)
+        if self._active:
+            self._take(0, self._slots.step([writing.last for writing in self._active]))
+
+    def _take(self, first: int, logits: torch.Tensor) -> None:
+        """Choose a token for the answers from row `first` on, and hand out what they say."""
+        some = self._active[first:]
+        tokens = choose(logits, [w.sampling for w in some], [w.generator for w in some])
+        for row in reversed(range(len(some))):
+            if self._hand_out(some[row], tokens[row]):
+                self._leave(first + row)
+
+    def _hand_out(self, writing: _Writing, token: int | None) -> bool:
+        """Give one token's text to whoever waits for it; True when the answer is finished."""
+        if token is None:
+            writing.sink(EngineError("engine: logits are not finite; ask again, or roll back the adapter"))
+            return True
+        text = writing.text
+        assert text is not None  # noqa: S101 - set when the answer joined
+        writing.last = token
+        writing.produced += 1
+        ended = token in self._ends
+        piece = "" if ended else text.push(token)
+        reason: FinishReason | None = None
+        if ended or text.stopped:
+            reason = "stop"
+        elif writing.produced >= writing.sampling.max_tokens:
+            reason = "length"
+        if reason:
+            piece += text.finish()
+        if piece:
+            writing.sink(Piece(piece))
+        if not reason:
+            return False
+        writing.sink(Finish(reason, len(writing.prompt_ids), writing.produced))
+        self._answer_s += 0.1 * (time.monotonic() - writing.began_s - self._answer_s)
+        return True
+
+    def _leave(self, row: int) -> None:
+        self._slots.remove(row)
+        last = self._active.pop()
+        if row < len(self._active):
+            self._active[row] = last
+
+    def _fail_all(self, error: EngineError) -> None:
+        with self._wake:
+            lost = [*self._active, *(self._waiting if self._closed else ())]
+            if self._closed:
+                self._waiting.clear()
+        self._active.clear()
+        self._slots.clear()
+        for writing in lost:
+            writing.sink(error)
+
+
+def _texts(events: SimpleQueue[Event]) -> Iterator[str]:
+    while True:
+        event = events.get()
+        if isinstance(event, EngineError):
+            raise event
+        if isinstance(event, Finish):
+            return
+        yield event.text

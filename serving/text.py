@@ -1,0 +1,71 @@
+"""Token ids to text, piece by piece: whole characters only, and nothing of a stop text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+# What decoding puts for bytes that are no character yet.
+_INCOMPLETE = "\ufffd"
+
+
+class TextStream:
+    """The text of one answer as its tokens come in.
+
+    The pieces put together are the decoded ids, cut before the first stop text: streaming and not streaming cannot
+    differ, because both read this.
+
+    Args:
+        tokenizer: a `tokenizers.Tokenizer`, used by one thread only.
+        stop: texts that end the answer.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._ids: list[int] = []
+        # Both stand on character boundaries. One token before `_read` is decoded again,
+        # because some tokenizers write a first token without its leading space.
+        self._prefix = 0
+        self._read = 0
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Take one more token; answer what may be shown now. Sets `stopped` when a stop text is complete."""
+        self._ids.append(token)
+        text = self._decode(self._prefix, len(self._ids))
+        if text.endswith(_INCOMPLETE):
+            return ""
+        piece = text[len(self._decode(self._prefix, self._read)) :]
+        self._prefix, self._read = self._read, len(self._ids)
+        return self._release(piece)
+
+    def finish(self) -> str:
+        """The rest, when no token will follow."""
+        if self.stopped:
+            return ""
+        rest = self._decode(self._prefix, len(self._ids))[len(self._decode(self._prefix, self._read)) :]
+        shown = self._release(rest)
+        return shown if self.stopped else shown + self._held
+
+    def _decode(self, start: int, end: int) -> str:
+        text: str = self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)
+        return text
+
+    def _release(self, piece: str) -> str:
+        """Hold back what may be the beginning of a stop text."""
+        text = self._held + piece
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return text[: min(found)]
+        hold = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
