@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 def wanted_of(service: Service, stream: str) -> Callable[[], Wanted | None]:
     """What the registry wants a stream to run: the Production version with its signed approval."""
-    from serving.errors import TwoWanted
+    from serving.errors import Ambiguous
     from serving.swap import Wanted
 
     model = service.model(stream)
 
     def ask() -> Wanted | None:
-        found = [v for v in service.store.versions(model) if v.stage == PRODUCTION]
+        found = [v for v in service.store.versions(model, aliases=False) if v.stage == PRODUCTION]
         if not found:
             return None
         if len(found) > 1:
             numbers = ", ".join(str(v.version) for v in found)
-            raise TwoWanted(
+            raise Ambiguous(
                 f"model={model}: versions {numbers} stand in Production at once, 1 is allowed; "
                 f"archive all but one in MLflow, or `tidegate rollback {stream} --to N --why ...`"
             )
@@ -56,8 +56,8 @@ def swaps_of(service: Service) -> list[HotSwap]:
                 service.base(stream),
                 system=settings.learner.system,
                 threads=service.settings.service.threads,
-                max_batch=settings.serving.batch_max,
-                max_queue=settings.serving.queue_max,
+                batch_max=settings.serving.batch_max,
+                queue_max=settings.serving.queue_max,
             )
         model = service.model(stream)
 
