@@ -49,11 +49,22 @@ log = structlog.get_logger()
 _TRANSITION = "/mlflow/model-versions/transition-stage"
 # One page of MLflow's version search; its own maximum is 200,000.
 _PAGE_ROWS = 10_000
-# MLflow hides stages behind a switch per browser; this turns it once, and a person may turn it back.
-_SHOW_STAGES = (
-    "<script>try{var k='_mlflow_user_setting_dismiss_next_model_registry_ui';"
-    "if(localStorage.getItem(k)===null)localStorage.setItem(k,'true')}catch(e){}</script>"
-)
+# MLflow hides stages behind a switch per browser: this turns it once, and a person may turn it back. MLflow's page
+# asks for a comment at a transition and throws it away: this sends it along as the reason.
+_PAGE_SCRIPT = """<script>
+try {
+  const key = "_mlflow_user_setting_dismiss_next_model_registry_ui";
+  if (localStorage.getItem(key) === null) localStorage.setItem(key, "true");
+} catch (blocked) {}
+const plainFetch = window.fetch;
+window.fetch = function (url, options) {
+  const box = document.querySelector("textarea[name=comment]");
+  if (box && box.value && options && String(url).includes("/model-versions/transition-stage")) {
+    options = {...options, body: JSON.stringify({...JSON.parse(options.body), comment: box.value})};
+  }
+  return plainFetch.call(this, url, options);
+};
+</script>"""
 
 View = Callable[..., Any]
 
@@ -213,7 +224,7 @@ def _showing_stages(front_page: View) -> View:
         if not isinstance(response, Response) or response.mimetype != "text/html":
             return response
         response.direct_passthrough = False
-        html = response.get_data(as_text=True).replace("<head>", f"<head>{_SHOW_STAGES}", 1)
+        html = response.get_data(as_text=True).replace("<head>", f"<head>{_PAGE_SCRIPT}", 1)
         plain = Response(html, mimetype="text/html")
         plain.headers["Cache-Control"] = "no-store"  # a page cached from an unguarded server would hide the stages
         return plain

@@ -190,6 +190,8 @@ class Promotions:
     def _settle(self, model: str) -> None:
         history = self.approvals.history(model)
         live = standing_of(history).live
+        if live is not None and live["kind"] == "emergency":
+            return  # taken while MLflow was away: it answers though no stage says so, until a decision makes it lasting
         last = live or (history[-1] if history and history[-1]["from"] == PRODUCTION else None)
         if last is None:
             return
