@@ -101,9 +101,7 @@ class DvcStore:
             raise RepositoryError(f"{folder}: DVC could not add it: {_one_line(error)}") from None
         data = pointer.read_bytes()
         listing = yaml.safe_load(data)["outs"][0]["md5"]
-        hashes = [
-            hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest() for file in folder.iterdir()
-        ]
+        hashes = [hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest() for file in folder.iterdir()]
         for name in (listing, *hashes):
             cached = self.cache / "files" / "md5" / name[:2] / name[2:]
             fsync_path(cached)

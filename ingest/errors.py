@@ -7,7 +7,9 @@
     │   ├── BrokerUnreachable  nobody answers at that address
     │   ├── BrokerAuthError    user, password or rights
     │   ├── BrokerTlsError     certificate, or TLS where there is none (and the other way round)
-    │   └── TopicError         the topic is missing, or refuses a message
+    │   └── TopicError         the topic is missing or misnamed
+    │       ├── MessageTooLarge    a message is beyond the topic's limit
+    │       └── OffsetsGone        the topic no longer holds what comes next
     ├── SuiteError             the expectation suite cannot be used as it is written
     ├── ValidationStopped      Great Expectations could not judge a batch; nothing of it was sealed
     └── RepositoryError        the data repository
@@ -53,6 +55,14 @@ class BrokerTlsError(BrokerError):
 
 class TopicError(BrokerError):
     """The topic does not exist or does not take the message."""
+
+
+class MessageTooLarge(TopicError):
+    """A message is larger than the topic takes."""
+
+
+class OffsetsGone(TopicError):
+    """The wanted offset is outside of what the topic holds."""
 
 
 class SuiteError(IngestError):

@@ -48,9 +48,7 @@ def _git(*arguments: str, seconds_max: int = _GIT_SECONDS_MAX) -> subprocess.Com
     except FileNotFoundError:
         raise RepositoryError("git: no such command; install git") from None
     except subprocess.TimeoutExpired:
-        raise RepositoryError(
-            f"git {arguments[0]}: no end after {seconds_max} s; is the disk alive?"
-        ) from None
+        raise RepositoryError(f"git {arguments[0]}: no end after {seconds_max} s; is the disk alive?") from None
 
 
 class GitStore:
@@ -93,9 +91,7 @@ class GitStore:
         try:
             return self._repo[commit].peel(pygit2.Tree)
         except (KeyError, ValueError, pygit2.GitError):
-            raise RepositoryError(
-                f"revision={commit}: not in the data repository {self.path.parent}"
-            ) from None
+            raise RepositoryError(f"revision={commit}: not in the data repository {self.path.parent}") from None
 
     def _entry(self, commit: str, path: str) -> Any:
         tree = self._tree(commit)
@@ -171,9 +167,7 @@ class GitStore:
         if done.returncode == 0:
             return
         if (now := self.head(ref)) != old:
-            raise LaneConflict(
-                f"{ref}: moved from {old} to {now} by another writer; start over from the manifests"
-            )
+            raise LaneConflict(f"{ref}: moved from {old} to {now} by another writer; start over from the manifests")
         raise RepositoryError(f"{ref}: not moved: {' '.join(done.stderr.split())}")
 
     def clone(self, revision: str, dest: Path) -> None:

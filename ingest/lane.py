@@ -78,9 +78,7 @@ class Lane:
         except BlockingIOError:
             holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
             os.close(descriptor)
-            raise LaneBusy(
-                f"lane={self.name}: written by process {holder}; one writer a lane: stop it first"
-            ) from None
+            raise LaneBusy(f"lane={self.name}: written by process {holder}; one writer a lane: stop it first") from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         return descriptor
@@ -147,8 +145,7 @@ class Lane:
     def _check_continuation(self, manifest: Manifest, head: LaneHead, gaps: AbstractSet[int]) -> None:
         if (now := self.repo.git.head(self._ref)) != head.commit:
             raise LaneConflict(
-                f"lane={self.name}: moved from {head.commit} to {now} by another writer; "
-                "start over from the manifests"
+                f"lane={self.name}: moved from {head.commit} to {now} by another writer; start over from the manifests"
             )
         if manifest.seq != head.seq_next:
             raise LaneConflict(f"lane={self.name}: block {manifest.seq} where {head.seq_next} is next")

@@ -101,9 +101,7 @@ class Manifest(_Part):
     @model_validator(mode="after")
     def _nominal(self) -> Self:
         if self.policy.nominal_units != self.nominal_units:
-            raise ValueError(
-                f"policy.nominal_units={self.policy.nominal_units}, offsets span {self.nominal_units}"
-            )
+            raise ValueError(f"policy.nominal_units={self.policy.nominal_units}, offsets span {self.nominal_units}")
         return self
 
     @property

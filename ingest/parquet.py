@@ -81,14 +81,11 @@ def read_rows(path: Path) -> list[Row]:
         table = pq.read_table(path, partitioning=None)
         columns = {name: table.column(name).to_pylist() for name in _SCHEMA.names}
     except (OSError, KeyError, pa.ArrowException) as error:
-        raise DataCorrupt(
-            f"{path}: unreadable ({type(error).__name__}); restore it with `dvc pull`"
-        ) from None
+        raise DataCorrupt(f"{path}: unreadable ({type(error).__name__}); restore it with `dvc pull`") from None
     columns["attributes"] = [None if a is None else dict(a) for a in columns["attributes"]]
     contract = [columns[name] for name in _FIELDS]
     # Written by us and checked by sha256: not validated a second time.
     records = [
-        Record.model_construct(**dict(zip(_FIELDS, values, strict=True)))
-        for values in zip(*contract, strict=True)
+        Record.model_construct(**dict(zip(_FIELDS, values, strict=True))) for values in zip(*contract, strict=True)
     ]
     return list(zip(columns["_partition"], columns["_offset"], records, strict=True))

@@ -183,9 +183,7 @@ def _explain(error: ValidationError) -> tuple[Reason, ...]:
         elif kind == "value_error":
             cause = str(item["ctx"]["error"])
             field = str(item["loc"][0])
-            code, message = _RULES.get(
-                cause, ("bad_text", "not valid Unicode (lone surrogate); must be text")
-            )
+            code, message = _RULES.get(cause, ("bad_text", "not valid Unicode (lone surrogate); must be text"))
             reason = Reason(code, field, message or _too_long(field))
         else:
             field = str(item["loc"][0])

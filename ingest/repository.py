@@ -67,9 +67,7 @@ class PinnedData:
             self._ready.add(manifest.lane)
         path = self.root / entry.path
         if not path.is_file():
-            raise DataCorrupt(
-                f"{entry.path}: not at revision {self.revision}; is the manifest from another one?"
-            )
+            raise DataCorrupt(f"{entry.path}: not at revision {self.revision}; is the manifest from another one?")
         if (found := file_sha256(path)) != entry.sha256:
             raise DataCorrupt(
                 f"{entry.path}: sha256 is {found}, the manifest says {entry.sha256}; "
@@ -211,9 +209,7 @@ class DataRepository:
         for _ in range(_TRIES):
             with suppress(LaneConflict):
                 return attempt()
-        raise LaneConflict(
-            f"{MAIN}: moved {_TRIES} times while committing; is something else writing it in a loop?"
-        )
+        raise LaneConflict(f"{MAIN}: moved {_TRIES} times while committing; is something else writing it in a loop?")
 
     def checkout(self, revision: str, dest: Path) -> PinnedData:
         """A clone at `dest`, at a revision; its data comes from the shared cache, else from the remote.

@@ -20,9 +20,7 @@ def check_split(key: bytes, holdout_share: float) -> None:
         SettingError: a key under 16 bytes, or a share outside [0, 1).
     """
     if len(key) < KEY_BYTES_MIN:
-        raise SettingError(
-            f"split key: {len(key)} bytes; must be at least {KEY_BYTES_MIN}; `tidegate init` makes one"
-        )
+        raise SettingError(f"split key: {len(key)} bytes; must be at least {KEY_BYTES_MIN}; `tidegate init` makes one")
     if not 0 <= holdout_share < 1:
         raise SettingError(f"holdout_share={holdout_share}: must be in [0, 1); see params.yaml")
 

@@ -38,9 +38,7 @@ def test_no_repository_is_a_clear_error(tmp_path: Path) -> None:
 
 
 def test_blocks_round_trip_through_pin_and_clone(repo: DataRepository, tmp_path: Path) -> None:
-    records = [
-        record(i, label="visa", attributes={"a": "ü"}, occurred_at="2026-01-01T00:00:00Z") for i in range(3)
-    ]
+    records = [record(i, label="visa", attributes={"a": "ü"}, occurred_at="2026-01-01T00:00:00Z") for i in range(3)]
     with repo.lane("s", "s-0") as lane:
         head = seal(lane, lane.head(), records, 0)
         head = seal(lane, head, [record(3)], 3)
@@ -58,9 +56,7 @@ def test_blocks_round_trip_through_pin_and_clone(repo: DataRepository, tmp_path:
     pinned.close()
 
 
-def test_a_pinned_revision_does_not_grow_and_a_clone_can_move_on(
-    repo: DataRepository, tmp_path: Path
-) -> None:
+def test_a_pinned_revision_does_not_grow_and_a_clone_can_move_on(repo: DataRepository, tmp_path: Path) -> None:
     with repo.lane("s", "s-0") as lane:
         seal(lane, lane.head(), [record(0)], 0)
         first = repo.pin("s")
@@ -214,9 +210,7 @@ def test_dvc_itself_pulls_in_a_plain_clone(repo: DataRepository, tmp_path: Path)
     subprocess.run([sys.executable, "-m", "dvc", "pull", "--quiet"], check=True, cwd=clone)
     manifest = Manifest.from_json((clone / "lanes/s-0/manifests/s-0-000000001.json").read_bytes())
     assert (clone / manifest.files[0].path).is_file()
-    status = subprocess.run(
-        ["git", "status", "--porcelain"], check=True, cwd=clone, capture_output=True, text=True
-    )
+    status = subprocess.run(["git", "status", "--porcelain"], check=True, cwd=clone, capture_output=True, text=True)
     assert status.stdout == ""
 
 

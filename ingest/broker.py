@@ -1,0 +1,379 @@
+"""Kafka, as Tidegate uses it: the only file importing kafka-python. Its errors do not leave this file.
+
+Every client starts with :func:`ingest.preflight.preflight`, so that a wrong address, certificate or password
+is said within seconds instead of retried for half a minute.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Self
+from uuid import UUID
+
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient, NewTopic
+from kafka.errors import (
+    AuthorizationError,
+    BrokerResponseError,
+    InvalidTopicError,
+    KafkaConfigurationError,
+    KafkaConnectionError,
+    KafkaError,
+    KafkaTimeoutError,
+    MessageSizeTooLargeError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
+    RecordListTooLargeError,
+    SaslAuthenticationFailedError,
+    TopicAlreadyExistsError,
+    UnknownTopicOrPartitionError,
+    UnsupportedSaslMechanismError,
+)
+from kafka.net.sasl import get_sasl_mechanism
+from kafka.structs import OffsetAndMetadata
+
+from ingest.errors import (
+    BrokerAuthError,
+    BrokerError,
+    BrokerUnreachable,
+    MessageTooLarge,
+    OffsetsGone,
+    SettingError,
+    TopicError,
+)
+from ingest.preflight import SaslExchange, preflight
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+Headers = tuple[tuple[str, bytes], ...]
+
+# After the preflight only the cluster's own address can be wrong (advertised.listeners).
+_BOOTSTRAP_MS: Final = 10_000
+_ANSWER_MS: Final = 15_000
+# Flushing waits for the slowest of all replicas that acks=all asks for.
+_FLUSH_SECONDS: Final = 60.0
+# The broker's limit decides what is too large, not the client's.
+_REQUEST_BYTES_MAX: Final = 100 << 20
+# Kafka's own default of max.message.bytes, for brokers that do not tell or that we may not ask.
+_MESSAGE_BYTES_DEFAULT: Final = 1_048_588
+# Large enough for thousands of records a fetch, so that a block needs few of them.
+_FETCH_BYTES_MAX: Final = 8 << 20
+
+
+@dataclass(frozen=True)
+class KafkaSettings:
+    """Where Kafka is and how to be let in. Never printed with its password."""
+
+    bootstrap: str
+    security_protocol: str = "PLAINTEXT"
+    sasl_mechanism: str | None = None
+    sasl_username: str | None = None
+    sasl_password: str | None = field(default=None, repr=False)
+    ssl_cafile: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+
+    def __post_init__(self) -> None:
+        known = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
+        if self.security_protocol not in known:
+            raise SettingError(f"security_protocol={self.security_protocol}: must be one of {', '.join(known)}")
+        if self.security_protocol.startswith("SASL"):
+            if self.sasl_mechanism is None:
+                object.__setattr__(self, "sasl_mechanism", "PLAIN")
+            for name, way_out in (("username", "service.broker"), ("password", "TIDEGATE_SASL_PASSWORD")):
+                if not getattr(self, f"sasl_{name}"):
+                    raise SettingError(f"sasl_{name}: missing; {self.security_protocol} needs one; set {way_out}")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a topic."""
+
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    headers: Headers
+    timestamp_ms: int
+
+
+@dataclass(frozen=True)
+class TopicInfo:
+    """A topic: its partitions, its limit, and its id where the broker gives one (Apache Kafka does)."""
+
+    name: str
+    topic_id: str | None
+    partitions: tuple[int, ...]
+    message_bytes_max: int
+
+
+# The first class that fits decides; a test walks through every error of kafka-python.
+_ERRORS: Final[tuple[tuple[tuple[type[Exception], ...], type[BrokerError], str], ...]] = (
+    ((SaslAuthenticationFailedError, UnsupportedSaslMechanismError), BrokerAuthError, "check user and password"),
+    ((AuthorizationError,), BrokerAuthError, "grant the user this right on the broker"),
+    ((MessageSizeTooLargeError, RecordListTooLargeError), MessageTooLarge, "raise the topic's max.message.bytes"),
+    ((OffsetOutOfRangeError, NoOffsetForPartitionError), OffsetsGone, "raise the topic's retention"),
+    ((UnknownTopicOrPartitionError, InvalidTopicError), TopicError, "check the topic's name"),
+    ((KafkaTimeoutError, KafkaConnectionError), BrokerUnreachable, "is the broker running?"),
+    ((KafkaConfigurationError, BrokerResponseError, KafkaError), BrokerError, "see the broker's log"),
+)
+
+
+def translate(error: Exception, what: str, settings: KafkaSettings) -> BrokerError:
+    """One of kafka-python's errors as one of ours, in one line."""
+    for kinds, ours, way_out in _ERRORS:
+        if isinstance(error, kinds):
+            text = " ".join(str(error).split())[:200]
+            return ours(f"{what}: {text or type(error).__name__} at {settings.bootstrap}; {way_out}")
+    return BrokerError(f"{what}: {type(error).__name__} at {settings.bootstrap}; see the broker's log")
+
+
+@contextmanager
+def _translated(what: str, settings: KafkaSettings) -> Iterator[None]:
+    try:
+        yield
+    except KafkaError as error:
+        raise translate(error, what, settings) from None
+
+
+def _client_options(settings: KafkaSettings) -> dict[str, Any]:
+    return {
+        "bootstrap_servers": settings.bootstrap.split(","),
+        "security_protocol": settings.security_protocol,
+        "sasl_mechanism": settings.sasl_mechanism if settings.security_protocol.startswith("SASL") else None,
+        "sasl_plain_username": settings.sasl_username,
+        "sasl_plain_password": settings.sasl_password,
+        "ssl_cafile": settings.ssl_cafile,
+        "ssl_certfile": settings.ssl_certfile,
+        "ssl_keyfile": settings.ssl_keyfile,
+        "bootstrap_timeout_ms": _BOOTSTRAP_MS,
+        "client_id": "tidegate",
+    }
+
+
+def check(settings: KafkaSettings) -> None:
+    """Return when the broker lets us in, within seconds.
+
+    Raises:
+        BrokerUnreachable, BrokerTlsError, BrokerAuthError: why it does not.
+    """
+    # kafka-python logs each retry with a trace; what matters is raised here or by the calls below.
+    logging.getLogger("kafka").setLevel(logging.CRITICAL)
+    options = _client_options(settings)
+
+    def exchange() -> SaslExchange:
+        mechanism: SaslExchange = get_sasl_mechanism(settings.sasl_mechanism)(**options)
+        return mechanism
+
+    if settings.security_protocol.startswith("SASL"):
+        try:
+            get_sasl_mechanism(settings.sasl_mechanism)
+        except KeyError:
+            raise SettingError(
+                f"sasl_mechanism={settings.sasl_mechanism}: must be PLAIN or SCRAM-SHA-256/512"
+            ) from None
+        preflight(settings, exchange)
+    else:
+        preflight(settings, None)
+
+
+@contextmanager
+def _admin(settings: KafkaSettings, what: str) -> Iterator[Any]:
+    check(settings)
+    with _translated(what, settings):
+        client = KafkaAdminClient(**_client_options(settings))
+        try:
+            yield client
+        finally:
+            client.close()
+
+
+def _describe(admin: Any, topic: str) -> TopicInfo | None:
+    try:
+        (found,) = admin.describe_topics([topic])
+    except UnknownTopicOrPartitionError:
+        return None
+    if found["error_code"] or not found["partitions"]:
+        return None
+    topic_id = found.get("topic_id")
+    known = topic_id is not None and UUID(str(topic_id)).int != 0
+    partitions = tuple(sorted(part["partition_index"] for part in found["partitions"]))
+    return TopicInfo(topic, str(topic_id) if known else None, partitions, _message_bytes_max(admin, topic))
+
+
+def _message_bytes_max(admin: Any, topic: str) -> int:
+    try:
+        found = admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)], config_filter="all")
+        return int(found["topic"][topic]["max.message.bytes"]["value"])
+    except (KafkaError, KeyError, TypeError, ValueError):
+        return _MESSAGE_BYTES_DEFAULT
+
+
+def describe_topic(settings: KafkaSettings, topic: str) -> TopicInfo | None:
+    """What the broker says of a topic; None if there is none.
+
+    Raises:
+        BrokerError: the broker cannot be asked.
+    """
+    with _admin(settings, f"topic={topic}") as admin:
+        return _describe(admin, topic)
+
+
+def ensure_topic(settings: KafkaSettings, topic: str, partitions: int = 1) -> TopicInfo:
+    """Make a topic unless it exists; an existing one is left as it is.
+
+    Raises:
+        TopicError: the broker refuses the name.
+        BrokerError: the broker cannot be asked, or we may not make topics.
+    """
+    with _admin(settings, f"topic={topic}") as admin:
+        info = _describe(admin, topic)
+        if info is None:
+            # Replication is the broker's default: one on a laptop, three in a cluster.
+            wanted = NewTopic(topic, num_partitions=partitions, replication_factor=-1)
+            with suppress(TopicAlreadyExistsError):
+                admin.create_topics([wanted], timeout_ms=_ANSWER_MS)
+            admin.wait_for_topics([topic], timeout_ms=_ANSWER_MS)
+            info = _describe(admin, topic)
+        if info is None:
+            raise TopicError(f"topic={topic}: made but not there; see the broker's log")
+        return info
+
+
+class TopicReader:
+    """Reads all partitions of one topic from offsets the caller names. Not a group member: no rebalance moves it.
+
+    Control records and aborted transactions are skipped (read_committed), so that positions may move without messages.
+    """
+
+    def __init__(self, settings: KafkaSettings, topic: str, group: str | None = None) -> None:
+        check(settings)
+        self._settings = settings
+        self.topic = topic
+        self._group = group
+        self._what = f"topic={topic}"
+        with _translated(self._what, settings):
+            self._consumer: Any = KafkaConsumer(
+                **_client_options(settings),
+                group_id=group,
+                enable_auto_commit=False,
+                auto_offset_reset="none",
+                isolation_level="read_committed",
+                max_partition_fetch_bytes=_FETCH_BYTES_MAX,
+                metrics_enabled=False,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up."""
+        with suppress(KafkaError):
+            self._consumer.close(autocommit=False, timeout_ms=_ANSWER_MS)
+
+    def _parts(self, partitions: Iterable[int]) -> list[Any]:
+        return [TopicPartition(self.topic, partition) for partition in partitions]
+
+    def bounds(self, partitions: Sequence[int]) -> dict[int, tuple[int, int]]:
+        """First offset held and next offset to be written, by partition."""
+        parts = self._parts(partitions)
+        with _translated(self._what, self._settings):
+            first = self._consumer.beginning_offsets(parts, timeout_ms=_ANSWER_MS)
+            end = self._consumer.end_offsets(parts, timeout_ms=_ANSWER_MS)
+        return {part.partition: (first[part], end[part]) for part in parts}
+
+    def seek(self, offsets: Mapping[int, int]) -> None:
+        """Read these partitions from these offsets."""
+        with _translated(self._what, self._settings):
+            self._consumer.assign(self._parts(offsets))
+            for partition, offset in offsets.items():
+                self._consumer.seek(TopicPartition(self.topic, partition), offset)
+
+    def poll(self, messages_max: int, timeout_ms: int) -> list[Message]:
+        """Next messages, at most `messages_max`; none after `timeout_ms`.
+
+        Raises:
+            OffsetsGone: the topic no longer holds, or never held, the wanted offset.
+        """
+        with _translated(self._what, self._settings):
+            batches = self._consumer.poll(timeout_ms=timeout_ms, max_records=messages_max)
+        return [
+            Message(r.partition, r.offset, r.key, r.value, tuple(r.headers), r.timestamp)
+            for batch in batches.values()
+            for r in batch
+        ]
+
+    def positions(self) -> dict[int, int]:
+        """Next offset to be read, by partition."""
+        with _translated(self._what, self._settings):
+            return {p.partition: self._consumer.position(p, timeout_ms=_ANSWER_MS) for p in self._consumer.assignment()}
+
+    def commit(self, offsets: Mapping[int, int]) -> None:
+        """Tell the group's lag monitors how far we are. Nothing here ever reads it back.
+
+        Raises:
+            BrokerError: Kafka refused; the data is safe all the same.
+        """
+        values = {TopicPartition(self.topic, p): OffsetAndMetadata(o, "", -1) for p, o in offsets.items()}
+        with _translated(f"group={self._group}", self._settings):
+            self._consumer.commit(values, timeout_ms=_ANSWER_MS)
+
+
+class TopicWriter:
+    """Writes messages with acks=all, idempotent: what `flush` returned from is on the topic once, in order.
+
+    After an error it is of no more use: kafka-python's idempotent producer does not get over one.
+    """
+
+    def __init__(self, settings: KafkaSettings) -> None:
+        check(settings)
+        self._settings = settings
+        with _translated("produce", settings):
+            self._producer: Any = KafkaProducer(
+                **_client_options(settings),
+                acks="all",
+                enable_idempotence=True,
+                max_request_size=_REQUEST_BYTES_MAX,
+                linger_ms=5,
+                metrics_enabled=False,
+            )
+        self._pending: list[tuple[str, Any]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up; what was not flushed may be lost."""
+        with suppress(KafkaError):
+            self._producer.close(timeout=_FLUSH_SECONDS)
+
+    def send(self, topic: str, key: bytes | None, value: bytes | None, headers: Headers = ()) -> None:
+        """Hand a message over; :meth:`flush` tells whether it arrived.
+
+        Raises:
+            MessageTooLarge: it is beyond what any broker takes.
+        """
+        with _translated(f"topic={topic}", self._settings):
+            self._pending.append((topic, self._producer.send(topic, key=key, value=value, headers=list(headers))))
+
+    def flush(self) -> None:
+        """Wait until everything sent has been written by all replicas asked for.
+
+        Raises:
+            MessageTooLarge, TopicError, BrokerError: at least one message was not.
+        """
+        pending, self._pending = self._pending, []
+        with _translated("produce", self._settings):
+            self._producer.flush(timeout=_FLUSH_SECONDS)
+        for topic, future in pending:
+            with _translated(f"topic={topic}", self._settings):
+                future.get(timeout=_FLUSH_SECONDS)
