@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
@@ -6,12 +7,6 @@ import requests
 from privacy.signing import SigningKey, TrustedKeys
 from registry.approvals import Approvals
 from registry.errors import PromotionRefused, UnknownVersion
-
-# MLflow's client is imported where its own warnings would be errors.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:mlflow"),
-]
 
 
 def transition(world, model, version, stage="Production", *, path="ajax-api/2.0", headers=None, **more):
@@ -185,6 +180,16 @@ def test_exactly_one_is_in_production_after_promotions_and_a_rollback(guarded):
     guarded.store.promote("chain", also, why="after all", who="ada")
     assert [n for n, stage in guarded.stages("chain").items() if stage == "Production"] == [also]
     assert [row["kind"] for row in history(guarded, "chain")] == ["promote", "promote", "rollback", "promote"]
+
+
+def test_of_approvers_at_the_same_moment_one_wins_and_the_others_hear_why(guarded):
+    siblings = [guarded.candidate("race")[0] for _ in range(4)]
+    with ThreadPoolExecutor(4) as approvers:
+        answers = list(approvers.map(lambda version: transition(guarded, "race", version), siblings))
+    assert sorted(answer.status_code for answer in answers) == [200, 403, 403, 403]
+    assert all("is stale" in answer.json()["message"] for answer in answers if answer.status_code == 403)
+    assert sorted(guarded.stages("race").values()) == ["Archived", "Archived", "Archived", "Production"]
+    assert len(history(guarded, "race")) == 1
 
 
 def test_asking_twice_changes_nothing(guarded):
