@@ -101,6 +101,9 @@ class Engine(Protocol):
     def waiting(self) -> int:
         """Answers queued and not begun."""
 
+    def close(self) -> None:
+        """Stop; answers on their way fail."""
+
     @property
     def healthy(self) -> bool:
         """Whether answers can still come out of it."""

@@ -1,0 +1,159 @@
+"""What a stream's server keeps on disk, so that it needs nobody to start: the live approval and recent adapters.
+
+live-STREAM.json       the signed approval that is followed now; its seq is never gone below
+emergency-STREAM.json  a signed approval of kind emergency, left by `tidegate rollback --emergency`
+adapters/SHA256/       recent adapters; the name is checked against the content before each use
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from learner.adapter import adapter_sha256
+from learner.errors import LearnerError
+from serving.errors import SwapError
+
+# Adapters are a few MB; an emergency rollback reaches back this far.
+KEPT_ADAPTERS = 20
+
+
+class LocalCache:
+    """The cache folder of one stream.
+
+    Args:
+        folder: made when missing.
+        stream: its name.
+    """
+
+    def __init__(self, folder: Path, stream: str) -> None:
+        self._adapters = folder / "adapters"
+        self._adapters.mkdir(parents=True, exist_ok=True)
+        self._live = folder / f"live-{stream}.json"
+        self._emergency = folder / f"emergency-{stream}.json"
+
+    def live(self) -> Mapping[str, Any] | None:
+        """The signed approval that was followed last.
+
+        Raises:
+            SwapError: the file is damaged.
+        """
+        return _read(self._live)
+
+    def remember(self, signed: Mapping[str, Any]) -> None:
+        """Keep the signed approval that is followed from now on; durable when this returns.
+
+        Raises:
+            SwapError: the disk does not take it.
+        """
+        _write(self._live, signed)
+
+    def emergency(self) -> Mapping[str, Any] | None:
+        """The signed emergency approval, if one was left.
+
+        Raises:
+            SwapError: the file is damaged.
+        """
+        return _read(self._emergency)
+
+    def end_emergency(self) -> None:
+        """Remove the emergency approval: a later decision has overtaken it."""
+        self._emergency.unlink(missing_ok=True)
+
+    def adapter(self, sha256: str) -> Path | None:
+        """The folder of a cached adapter whose content is what its name says, or None."""
+        folder = self._adapters / sha256
+        try:
+            if adapter_sha256(folder) != sha256:
+                return None
+        except LearnerError:
+            return None
+        with suppress(OSError):
+            os.utime(folder)  # recently used: kept longer
+        return folder
+
+    def take(self, sha256: str, fetch: Callable[[Path], Path]) -> Path:
+        """Fetch an adapter and keep it, if it is the one that is expected.
+
+        Raises:
+            SwapError: it cannot be fetched, is incomplete, or is another one.
+        """
+        work = Path(tempfile.mkdtemp(prefix=".fetching-", dir=self._adapters))
+        try:
+            try:
+                got = fetch(work / "adapter")
+            except Exception as error:  # the caller's function: whatever it is, the live version goes on
+                raise SwapError(f"adapter {sha256[:12]}: cannot be fetched ({error}); check the registry") from error
+            try:
+                found = adapter_sha256(got)
+            except LearnerError as error:
+                raise SwapError(f"adapter {sha256[:12]}: {error}") from error
+            if found != sha256:
+                raise SwapError(
+                    f"adapter sha256={found[:12]}: must be {sha256[:12]} as approved; "
+                    "it was changed after it was approved: restore it, or approve another version"
+                )
+            final = self._adapters / sha256
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one of that name
+            shutil.copytree(got, final)
+        except OSError as error:
+            raise SwapError(f"adapter {sha256[:12]}: cannot be kept ({error}); check the disk") from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        return final
+
+    def prune(self, needed: Collection[str]) -> None:
+        """Remove the adapters longest unused, beyond KEPT_ADAPTERS and those needed."""
+        folders = [folder for folder in self._adapters.iterdir() if not folder.name.startswith(".")]
+        folders.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
+        for folder in folders[KEPT_ADAPTERS:]:
+            if folder.name not in needed:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_emergency(folder: Path, stream: str, signed: Mapping[str, Any]) -> Path:
+    """Leave a signed emergency approval where the stream's server looks; returns the file.
+
+    Raises:
+        SwapError: the disk does not take it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"emergency-{stream}.json"
+    _write(file, signed)
+    return file
+
+
+def _read(file: Path) -> Mapping[str, Any] | None:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise SwapError(f"{file}: cannot be read ({error}); remove it, the registry will be asked anew") from error
+    if not isinstance(value, dict):
+        raise SwapError(f"{file}: is no JSON object; remove it, the registry will be asked anew")
+    return value
+
+
+def _write(file: Path, value: Mapping[str, Any]) -> None:
+    """Atomic and durable: whole old or whole new, also after a power cut."""
+    new = file.with_suffix(".new")
+    try:
+        with new.open("w", encoding="utf-8") as out:
+            json.dump(value, out, indent=2, sort_keys=True)
+            out.flush()
+            os.fsync(out.fileno())
+        new.replace(file)
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise SwapError(f"{file}: cannot be written ({error}); check the disk") from error

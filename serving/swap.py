@@ -1,0 +1,387 @@
+"""Hot swap: what the registry wants and a person signed is what answers, without a restart.
+
+Poll → check the signed approval → fetch → check the sha256 → load under a name of its own → probe → remember on disk →
+flip one reference → acknowledge; the old one drains and is evicted later. Whatever fails leaves the live version
+answering and stands as one alarm. Approvals are followed in the order they were signed: the highest `seq` ever followed
+is kept on disk, so that an old approval brings no old version back.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from privacy.signing import TrustedKeys
+from serving.alarms import Alarm, Alarms
+from serving.approval import Approval, Wanted, check_wanted, read_approval
+from serving.cache import LocalCache, write_emergency
+from serving.engine import Engine
+from serving.errors import Ambiguous, ApprovalRefused, NotReady, ServingError, SwapError
+
+__all__ = ["HotSwap", "Served", "Wanted", "write_emergency"]
+
+# What failed is tried again when the registry wants something else, and anyway after this long: it may be mended there.
+RETRY_SECONDS = 30.0
+# Resident beside the live one: going back to them needs no loading.
+KEPT_RESIDENT = 2
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Served:
+    """A version that can answer. Each request holds one from beginning to end.
+
+    Attributes:
+        version: the registered version, 0 for the bare base.
+        name: `stream@7`, or `stream@base`; what answers are labelled with.
+        adapter: its name in the engine, None for the bare base.
+        adapter_sha256: empty for the bare base.
+    """
+
+    stream: str
+    version: int
+    name: str
+    adapter: str | None
+    adapter_sha256: str
+
+
+class HotSwap:
+    """Keeps one stream on the version that is wanted.
+
+    Args:
+        stream: its name.
+        engine: holds the adapters.
+        wanted: asks the registry; None when no version is in Production; raises `Ambiguous` when several are, and
+            anything else when there is no answer.
+        fetch: downloads the adapter of a version into a folder; returns it.
+        acknowledge: tells the registry what really answers now.
+        trusted: the keys approvals may be signed with.
+        cache: folder of what is kept on disk.
+        model: the registered model approvals must be for; the stream's name when None.
+        poll_seconds: pause between two questions to the registry.
+        retry_seconds: pause before a version that failed is tried again.
+    """
+
+    def __init__(
+        self,
+        stream: str,
+        engine: Engine,
+        *,
+        wanted: Callable[[], Wanted | None],
+        fetch: Callable[[int, Path], Path],
+        acknowledge: Callable[[int], object],
+        trusted: TrustedKeys,
+        cache: Path,
+        model: str | None = None,
+        poll_seconds: float = 0.5,
+        retry_seconds: float = RETRY_SECONDS,
+    ) -> None:
+        self.stream = stream
+        self.engine = engine
+        self.counts: Counter[str] = Counter()
+        self._model = model or stream
+        self._wanted, self._fetch, self._acknowledge = wanted, fetch, acknowledge
+        self._trusted = trusted
+        self._cache = LocalCache(cache, stream)
+        self._poll_seconds, self._retry_seconds = poll_seconds, retry_seconds
+        self._alarms = Alarms(stream)
+        self._base = Served(stream, 0, f"{stream}@base", None, "")
+        self._current: Served | None = None
+        self._followed: Approval | None = None
+        self._loading = ""
+        self._acknowledged = 0
+        self._failed: tuple[Approval, Alarm, float] | None = None
+        self._residents: list[Served] = []  # last used last
+        self._leases: Counter[Served] = Counter()
+        self._lock = threading.Lock()  # guards _current and _leases
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"swap {stream}", daemon=True)
+
+    # For answers
+
+    @property
+    def current(self) -> Served | None:
+        """What answers now; None until the registry or the cache has said something."""
+        return self._current
+
+    @contextmanager
+    def lease(self) -> Iterator[Served]:
+        """The version one request is answered with; it stays resident until the request is over.
+
+        Raises:
+            NotReady: nothing is known yet about what to serve.
+        """
+        with self._lock:
+            served = self._current
+            if served is None:
+                raise NotReady(f"stream={self.stream}: no version is known yet; the registry must answer once")
+            self._leases[served] += 1
+        try:
+            yield served
+        finally:
+            with self._lock:
+                self._leases[served] -= 1
+                if not self._leases[served]:
+                    del self._leases[served]
+
+    @property
+    def alarms(self) -> tuple[Alarm, ...]:
+        """What is wrong now."""
+        return self._alarms.standing
+
+    def state(self) -> dict[str, Any]:
+        """JSON for `tidegate status`."""
+        current = self._current
+        with self._lock:
+            in_flight = {served.name: count for served, count in self._leases.items()}
+        return {
+            "version": current.name if current else "nothing",
+            "number": current.version if current else None,
+            "adapter_sha256": current.adapter_sha256 if current else "",
+            "approval_seq": self._followed.seq if self._followed else 0,
+            "loading": self._loading,
+            "resident": [served.name for served in self._residents],
+            "in_flight": in_flight,
+            "waiting": self.engine.waiting,
+            "swaps": dict(self.counts),
+            "alarms": [str(alarm) for alarm in self.alarms],
+        }
+
+    # Life
+
+    def start(self) -> None:
+        """Take up what the cache knows, then follow the registry on a thread of its own."""
+        self.restore()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop following; what answers goes on. Idempotent."""
+        self._stopping.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self.tick()
+            except Exception:  # a defect here must not freeze the version for good
+                log.exception("swap failed", stream=self.stream)
+            if self._stopping.wait(self._poll_seconds):
+                return
+
+    def restore(self) -> None:
+        """Take up the version of the last run from the cache, so that a start needs no registry."""
+        try:
+            signed = self._cache.live()
+            if signed is None:
+                return
+            approval = read_approval(signed, self._trusted, self._model)
+            self._followed = approval
+            self._become(approval)
+            log.info("restored from cache", stream=self.stream, version=approval.version)
+        except ServingError as error:
+            self._alarms.settle([Alarm("cache", "", str(error))])
+
+    # One round of following
+
+    def tick(self) -> None:
+        """Ask what is wanted, and become it if that is right. Never raises for what is wrong outside."""
+        found: list[Alarm] = []
+        approval = self._decide(found)
+        if approval is not None:
+            self._follow(approval, found)
+        self._tell(found)
+        self._evict()
+        if self._current is None:
+            found += [alarm for alarm in self.alarms if alarm.kind == "cache"]
+        self._alarms.settle(found)
+
+    def _decide(self, found: list[Alarm]) -> Approval | None:
+        """The approval to follow now: the latest of the registry's and the emergency's; None to stay as it is."""
+        emergency = self._emergency(found)
+        wanted: Wanted | None = None
+        asked: Approval | None = None
+        try:
+            wanted = self._wanted()
+            if wanted is not None:
+                asked = check_wanted(wanted, self._trusted, self._model)
+            elif self._followed is None and emergency is None:
+                self._flip(self._base)
+            elif emergency is None:
+                found.append(
+                    Alarm(
+                        "production",
+                        "",
+                        f"model={self._model}: no version is in Production, 1 must be; {self._staying}",
+                    )
+                )
+        except Ambiguous as error:
+            found.append(Alarm("ambiguous", "", f"{error}; {self._staying}"))
+        except ApprovalRefused as error:
+            found.append(Alarm("approval", str(wanted and wanted.version), f"{error}; {self._staying}"))
+        except Exception as error:  # noqa: BLE001 - the caller's function: a registry that is down must not stop answers
+            found.append(
+                Alarm("registry", "", f"model={self._model}: no answer from the registry ({error}); {self._staying}")
+            )
+        if emergency is None:
+            return asked
+        if asked is not None and asked.seq > emergency.seq:
+            self._cache.end_emergency()
+            return asked
+        if asked is None or asked.version != emergency.version:
+            message = (
+                f"stream={self.stream}: an emergency approval (seq={emergency.seq}) keeps version {emergency.version}; "
+                f"when the registry is back: tidegate rollback {self.stream} --to {emergency.version} --why ..."
+            )
+            found.append(Alarm("emergency", str(emergency.seq), message))
+        return emergency
+
+    def _emergency(self, found: list[Alarm]) -> Approval | None:
+        """The emergency approval, unless it is none, not ours, or overtaken."""
+        try:
+            signed = self._cache.emergency()
+            if signed is None:
+                return None
+            approval = read_approval(signed, self._trusted, self._model)
+        except SwapError as error:
+            found.append(Alarm("emergency", "", f"emergency approval: {error}"))
+            return None
+        if self._followed and approval.seq < self._followed.seq:
+            self._cache.end_emergency()
+            return None
+        return approval
+
+    def _follow(self, approval: Approval, found: list[Alarm]) -> None:
+        """Become the approved version, unless it is so already, is out of order, or failed a moment ago."""
+        current = self._current
+        followed = self._followed
+        try:
+            if followed and approval.seq < followed.seq:
+                raise ApprovalRefused(
+                    f"version {approval.version} of {self._model}: its approval seq={approval.seq} must be >= "
+                    f"{followed.seq}, the latest followed; an old approval brings no version back: approve it anew"
+                )
+            same = followed and (approval.version, approval.adapter_sha256) == (
+                followed.version,
+                followed.adapter_sha256,
+            )
+            if followed and approval.seq == followed.seq and not same:
+                raise ApprovalRefused(
+                    f"version {approval.version} of {self._model}: its approval has the seq={approval.seq} of the one "
+                    f"for version {followed.version}; the history was changed: see `tidegate history {self.stream}`"
+                )
+            if current and (current.version, current.adapter_sha256) == (approval.version, approval.adapter_sha256):
+                if approval.seq != (followed.seq if followed else 0):
+                    self._cache.remember(approval.signed)
+                    self._followed = approval
+                self._failed = None
+                return
+        except SwapError as error:
+            found.append(Alarm("approval", f"{approval.version}/{approval.seq}", f"{error}; {self._staying}"))
+            return
+        if self._failed and self._failed[0] == approval and time.monotonic() < self._failed[2]:
+            found.append(self._failed[1])
+            return
+        try:
+            self._become(approval)
+            self._failed = None
+        except ServingError as error:
+            alarm = Alarm(
+                "adapter", f"{approval.version}/{approval.seq}", f"version {approval.version}: {error}; {self._staying}"
+            )
+            self._failed = (approval, alarm, time.monotonic() + self._retry_seconds)
+            self.counts["failed"] += 1
+            found.append(alarm)
+
+    def _become(self, approval: Approval) -> None:
+        """Fetch, check, load, probe, remember, flip.
+
+        Raises:
+            SwapError, EngineError: then nothing has changed.
+        """
+        began = time.monotonic()
+        served = self._named(approval)
+        fresh = served not in self._residents
+        self._loading = served.name
+        try:
+            if fresh:
+                folder = self._cache.adapter(approval.adapter_sha256) or self._fetched(approval)
+                self.engine.load(str(served.adapter), folder)
+            try:
+                self.engine.probe(served.adapter)
+                if self._followed is not approval:
+                    self._cache.remember(approval.signed)
+            except ServingError:
+                if fresh:
+                    self.engine.unload(str(served.adapter))
+                raise
+        finally:
+            self._loading = ""
+        self._residents = [other for other in self._residents if other != served] + [served]
+        self._followed = approval
+        old = self._flip(served)
+        self.counts["done"] += 1
+        seconds = round(time.monotonic() - began, 3)
+        log.info("swapped", stream=self.stream, version=served.name, was=old, seq=approval.seq, seconds=seconds)
+
+    def _fetched(self, approval: Approval) -> Path:
+        if approval.kind == "emergency":
+            raise SwapError(
+                f"adapter {approval.adapter_sha256[:12]}: is not in the local cache, must be for an emergency; "
+                "choose a version that ran here before"
+            )
+        return self._cache.take(approval.adapter_sha256, lambda dest: self._fetch(approval.version, dest))
+
+    def _named(self, approval: Approval) -> Served:
+        """The version under a name of its own: an engine may keep what it computed by an adapter's name."""
+        name = f"{self.stream}@{approval.version}"
+        adapter = name
+        if any(other.adapter == name and other.adapter_sha256 != approval.adapter_sha256 for other in self._residents):
+            adapter = f"{name}.{approval.adapter_sha256[:12]}"  # a registry made anew counts from 1 again
+        return Served(self.stream, approval.version, name, adapter, approval.adapter_sha256)
+
+    def _flip(self, served: Served) -> str:
+        """The one moment at which new requests change; answers that run keep what they hold."""
+        with self._lock:
+            old, self._current = self._current, served
+        return old.name if old else "nothing"
+
+    def _tell(self, found: list[Alarm]) -> None:
+        """Acknowledge what answers, until the registry has heard it."""
+        current = self._current
+        if not current or not current.version or self._acknowledged == current.version:
+            return
+        if any(alarm.kind == "registry" for alarm in found):
+            return
+        try:
+            self._acknowledge(current.version)
+            self._acknowledged = current.version
+        except Exception as error:  # noqa: BLE001 - the caller's function; it is asked again at the next tick
+            message = (
+                f"model={self._model}: version {current.version} answers but the registry did not take it ({error}); "
+                "it is told again"
+            )
+            found.append(Alarm("acknowledge", str(current.version), message))
+
+    def _evict(self) -> None:
+        """Unload what is neither live, nor among the last few, nor answering."""
+        with self._lock:
+            busy = {self._current, *self._leases}
+        for served in self._residents[: -1 - KEPT_RESIDENT]:
+            if served not in busy:
+                self._residents.remove(served)
+                self.engine.unload(str(served.adapter))
+                self._cache.prune({other.adapter_sha256 for other in self._residents})
+
+    @property
+    def _staying(self) -> str:
+        return f"{self._current.name} goes on answering" if self._current else "nothing answers yet"
