@@ -176,7 +176,7 @@ class LoraModel:
         return _slots(layers, settings.layer_indices(len(layers)), settings)[-1].stop
 
     def start_fresh(self, seed: int) -> None:
-        """A from Kaiming's uniform (He et al. 2015), as peft draws it, under a public seed; B zero: the base, unchanged."""
+        """A from Kaiming's uniform (He et al. 2015), as in peft, under a public seed; B zero: the base, unchanged."""
         generator = torch.Generator().manual_seed(seed)
         for slot in self.slots:
             view = self.theta[slot.start : slot.stop]

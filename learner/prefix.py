@@ -124,7 +124,7 @@ class PrefixCache:
         self._kept: dict[int, Tensor] = {}
 
     def fill(self, wanted: Sequence[int], tokens_max: int) -> None:
-        """Compute the records `wanted`, shortest first, until the bound. The order is fixed: a resumed round repeats it.
+        """Compute the records `wanted`, shortest first, to the bound. The order is fixed: a resumed round repeats it.
 
         With nothing below the lowest adapted layer there is nothing to keep but embeddings, which are looked up faster.
         """

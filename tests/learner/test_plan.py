@@ -1,0 +1,129 @@
+import subprocess
+import sys
+
+import pytest
+
+from learner.errors import PlanError
+from learner.plan import BlockAccount, LoraSettings, RoundPlan, plan_round
+from privacy.accounting import fits, rdp
+from tests.learner.rounds import account
+
+IDENTITY = {
+    "round_id": "r1",
+    "attempt": 1,
+    "stream": "desk",
+    "parent_sha256": None,
+    "base_sha256": "b" * 64,
+    "data_revision": "0" * 40,
+}
+
+
+def planned(new, replay=(), **changes):
+    return plan_round(**{**IDENTITY, "expected_batch": 40, "steps": 20, **changes}, new=new, replay=replay)
+
+
+def test_a_plan_is_the_same_value_from_the_same_inputs_and_survives_json():
+    first = planned([account(units=200)], [account("old", units=500)])
+    second = planned([account(units=200)], [account("old", units=500)])
+    assert first == second
+    assert first.plan_hash == second.plan_hash
+    again = RoundPlan.model_validate(first.as_json())
+    assert again == first
+    assert again.plan_hash == first.plan_hash
+    assert planned([account(units=201)]).plan_hash != planned([account(units=200)]).plan_hash
+
+
+def test_rates_follow_from_nominal_sizes_and_give_the_expected_batch():
+    plan = planned([account("n1", units=200), account("n2", units=100)], [account("old", units=400)])
+    q = {block.id: block.q for block in plan.blocks}
+    assert q["n1"] == q["n2"]
+    assert q["old"] == pytest.approx(0.25 * q["n1"])
+    assert 0.9 * (300 * q["n1"] + 400 * q["old"]) == pytest.approx(40)
+    assert plan.expected_batch == pytest.approx(40)
+
+
+def test_the_batch_shrinks_where_the_rate_would_pass_its_maximum():
+    plan = planned([account(units=100)], expected_batch=90, q_max=0.5)
+    assert plan.blocks[0].q == 0.5
+    assert plan.expected_batch == pytest.approx(45)
+
+
+def test_a_plan_cannot_see_accepted_counts():
+    """Planning is given a block's frozen policy and its account: no manifest, no counts, no records."""
+    assert set(BlockAccount.__dataclass_fields__) == {"block_id", "policy", "spent"}
+    block = account(units=200)
+    counted = BlockAccount(block.block_id, {**block.policy, "counts": {"sealed": 3, "rejected": 197}}, block.spent)
+    assert planned([counted]) == planned([block])
+
+
+def test_a_new_block_pays_at_most_its_share_for_one_attempt_and_sigma_is_the_smallest():
+    block = account(units=200)
+    plan = planned([block])
+    orders, caps = tuple(block.policy["orders"]), block.policy["caps"]
+    allowance = [cap * 0.75 / 3 for cap in caps]
+    zero = [0.0] * len(orders)
+    q = plan.blocks[0].q
+    assert fits(zero, rdp(q, plan.sigma, 20, orders), allowance)
+    assert not fits(zero, rdp(q, plan.sigma - 0.001, 20, orders), allowance)
+
+
+def test_all_attempts_of_a_new_block_fit_its_cap():
+    block = account(units=200)
+    spent = block.spent
+    for _ in range(3):
+        plan = planned([BlockAccount("b1", block.policy, spent)])
+        charge = plan.charges()[0]
+        rho = rdp(charge.q, charge.sigma, charge.steps, tuple(block.policy["orders"]))
+        spent = tuple(s + r for s, r in zip(spent, rho, strict=True))
+        assert fits(spent, [0.0] * len(spent), block.policy["caps"])
+
+
+def test_replay_blocks_that_cannot_pay_are_left_out_by_name_and_the_rest_share_the_batch():
+    full = account("full", units=400)
+    full = BlockAccount("full", full.policy, tuple(full.policy["caps"]))
+    plan = planned([account("new", units=200)], [full, account("old", units=400)])
+    assert plan.left_out == ("full",)
+    assert [block.id for block in plan.blocks] == ["new", "old"]
+    assert plan.expected_batch == pytest.approx(40)
+
+
+def test_a_new_block_that_cannot_pay_names_block_missing_share_and_choices():
+    block = account("worn", units=200)
+    worn = BlockAccount("worn", block.policy, tuple(block.policy["caps"]))
+    with pytest.raises(PlanError, match=r"worn lacks \d+%.*fewer steps.*smaller expected_batch") as caught:
+        planned([worn, account("fresh", units=200)])
+    assert "fresh" not in str(caught.value)
+
+
+def test_a_round_without_new_blocks_is_refused():
+    with pytest.raises(PlanError, match="new blocks=0"):
+        planned([], [account()])
+
+
+def test_blocks_of_different_units_are_refused():
+    with pytest.raises(PlanError, match="record,user"):
+        planned([account("a"), account("b", unit="user")])
+
+
+def test_users_have_one_rate_in_all_blocks():
+    plan = planned([account("n", units=200, unit="user")], [account("o", units=400, unit="user")])
+    assert plan.unit == "user"
+    assert len({block.q for block in plan.blocks}) == 1
+
+
+def test_layers_count_from_the_top():
+    assert LoraSettings(layers=2).layer_indices(5) == (3, 4)
+    assert LoraSettings(layers=0).layer_indices(3) == (0, 1, 2)
+    assert LoraSettings(layers=9).layer_indices(3) == (0, 1, 2)
+    assert LoraSettings(layers=(2, 0)).layer_indices(3) == (0, 2)
+
+
+def test_an_unknown_target_is_named():
+    with pytest.raises(ValueError, match="lm_head"):
+        LoraSettings(targets=("q_proj", "lm_head"))
+
+
+def test_planning_imports_no_torch():
+    code = "import sys, learner.plan, learner.errors; print([m for m in ('torch', 'transformers', 'opacus') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
