@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Self
 from ingest.dvcstore import POINTER, TRACKED, DvcStore
 from ingest.errors import LaneBusy, LaneConflict
 from ingest.manifest import Manifest
-from ingest.parquet import read_rows
+from ingest.parquet import REJECTS, read_rows
 from ingest.repository import LANE_REFS
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Lane:
         remote = repo.remote
         self._dvc = DvcStore(self.root, repo.cache, remote)
         self._push = DvcStore(self.root / "push", repo.cache, remote)
-        self._recover()
+        self.recover()
 
     def __enter__(self) -> Self:
         return self
@@ -83,7 +83,7 @@ class Lane:
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         return descriptor
 
-    def _recover(self) -> None:
+    def recover(self) -> None:
         """Back to what git says: the pointer as committed, no folder of a block that was never committed."""
         commit = self.repo.git.head(self._ref)
         pointer = None if commit is None else self.repo.git.read(commit, f"lanes/{self.name}/{POINTER}")
@@ -171,7 +171,8 @@ class Lane:
         Raises:
             DataCorrupt: a file is in neither the lane, nor the cache, nor the remote.
         """
-        paths = [self.folder(manifest.block_id) / f"{file.split}.parquet" for file in manifest.files]
+        splits = [file.split for file in manifest.files if file.split != REJECTS]
+        paths = [self.folder(manifest.block_id) / f"{split}.parquet" for split in splits]
         if not all(path.exists() for path in paths):
             self._dvc.checkout([self.root / POINTER])
         return [row for path in paths for row in read_rows(path)]

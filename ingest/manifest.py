@@ -55,11 +55,14 @@ class Counts(_Part):
 
 
 class DataFile(_Part):
-    """One Parquet file of a block; `path` is relative to the data repository's root."""
+    """One Parquet file of a block; `path` is relative to the data repository's root.
+
+    `rejects` holds no records but the bytes of rejected messages too large for the dead-letter topic.
+    """
 
     path: str
     sha256: Sha256
-    split: Literal["train", "holdout", "set_aside"]
+    split: Literal["train", "holdout", "set_aside", "rejects"]
 
 
 class FrozenPolicy(_Part):

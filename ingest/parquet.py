@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Row = tuple[int, int, Record]
 """Partition, offset, record."""
 
+REJECTS: Final = "rejects"
+"""The one split that holds no records."""
+
 _FIELDS: Final = tuple(Record.model_fields)
 _SCHEMA: Final = pa.schema(
     [
@@ -64,11 +67,22 @@ def write_rows(path: Path, rows: Sequence[Row]) -> str:
     for name in _FIELDS:
         columns[name] = [getattr(record, name) for _, _, record in rows]
     columns["attributes"] = [None if a is None else list(a.items()) for a in columns["attributes"]]
+    return _write(path, pa.table(columns, schema=_SCHEMA))
+
+
+def _write(path: Path, table: Any) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns, schema=_SCHEMA), path, compression="zstd")
+    pq.write_table(table, path, compression="zstd")
     fsync_path(path)
     fsync_path(path.parent)
     return file_sha256(path)
+
+
+def write_rejects(path: Path, rejects: Sequence[tuple[int, int, bytes]]) -> str:
+    """Write messages (partition, offset, bytes) that are too large for the dead-letter topic; returns the sha256."""
+    columns = dict(zip(("_partition", "_offset", "value"), zip(*rejects, strict=True), strict=True))
+    schema = pa.schema([("_partition", pa.int32()), ("_offset", pa.int64()), ("value", pa.large_binary())])
+    return _write(path, pa.table({name: list(column) for name, column in columns.items()}, schema=schema))
 
 
 def read_rows(path: Path) -> list[Row]:
