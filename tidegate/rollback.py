@@ -8,6 +8,7 @@ from registry.states import PRODUCTION
 from tidegate.errors import UnknownName
 
 if TYPE_CHECKING:
+    from registry.approvals import Approvals
     from tidegate.wiring import Service
 
 
@@ -20,8 +21,7 @@ def roll_back(service: Service, stream: str, *, to: int | None, why: str, who: s
         RegistryUnavailable: MLflow does not answer and `emergency` was not asked for.
     """
     model = service.model(stream)
-    history = service.approvals().history(model)
-    target = to if to is not None else _previous(history, stream)
+    target = to if to is not None else _previous(service.approvals(), model)
     if emergency:
         return _without_registry(service, stream, target, why=why, who=who)
     approval = service.store.promote(
@@ -30,15 +30,12 @@ def roll_back(service: Service, stream: str, *, to: int | None, why: str, who: s
     return f"version {target} of {model} is Production again; approval {approval['seq']} signed by {approval['key_id']}"
 
 
-def _previous(history: list[dict[str, object]], stream: str) -> int:
+def _previous(approvals: Approvals, model: str) -> int:
     """The version that was live before the one that is."""
-    lived = [int(str(row["version"])) for row in history if row["to"] == PRODUCTION]
-    for version in reversed(lived[:-1]):
-        if version != lived[-1]:
-            return version
-    raise UnknownName(
-        f"stream={stream}: no version was live before; name one by --to, see `tidegate versions {stream}`"
-    )
+    previous = approvals.standing(model).previous
+    if previous is None:
+        raise UnknownName(f"model={model}: no version was live before; name one by --to, see `tidegate versions`")
+    return int(previous["version"])
 
 
 def _without_registry(service: Service, stream: str, target: int, *, why: str, who: str) -> str:

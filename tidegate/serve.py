@@ -76,6 +76,7 @@ def swaps_of(service: Service) -> list[HotSwap]:
                 acknowledge=acknowledge,
                 trusted=service.trusted("approvals"),
                 cache=service.workspace.serving / stream,
+                model=model,
                 poll_seconds=settings.serving.poll_seconds,
             )
         )
@@ -87,4 +88,10 @@ def run_server(service: Service) -> None:
     from serving.server import serve
 
     api = service.settings.service.api
-    serve(swaps_of(service), host=api.host, port=api.port, answer_key=service.secret_bytes("answers"))
+    serve(
+        swaps_of(service),
+        host=api.host,
+        port=api.port,
+        answer_key=service.secret_bytes("answers"),
+        max_tokens={name: stream.serving.max_tokens for name, stream in service.settings.streams.items()},
+    )

@@ -86,7 +86,11 @@ def mlflow(given: str | None) -> None:
     settings = service.settings.service.mlflow
     service.signer("approvals")
     with MlflowServer(
-        service.workspace.root, host=settings.host, port=settings.port, approvals_url=service.approvals_url
+        service.workspace.root,
+        host=settings.host,
+        port=settings.port,
+        approvals_url=service.approvals_url,
+        keys_dir=service.keys_dir,
     ) as running:
         output.say(f"MLflow with the guard: {service.mlflow_uri}")
         while not stop.wait(1.0):
