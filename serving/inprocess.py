@@ -448,6 +448,7 @@ class InProcessEngine:
             reason = "length"
         if reason:
             piece += text.finish()
+            reason = "stop" if text.stopped else reason
         if piece:
             writing.sink(Piece(piece))
         if not reason:

@@ -28,6 +28,7 @@ class TextStream:
         # because some tokenizers write a first token without its leading space.
         self._prefix = 0
         self._read = 0
+        self._shown = 0  # characters behind `_prefix` that were given out
         self._held = ""
         self.stopped = False
 
@@ -35,17 +36,20 @@ class TextStream:
         """Take one more token; answer what may be shown now. Sets `stopped` when a stop text is complete."""
         self._ids.append(token)
         text = self._decode(self._prefix, len(self._ids))
-        if text.endswith(_INCOMPLETE):
-            return ""
-        piece = text[len(self._decode(self._prefix, self._read)) :]
-        self._prefix, self._read = self._read, len(self._ids)
+        if text.endswith(_INCOMPLETE):  # only the last character can still change: bytes before it are decided
+            piece = text[self._shown : -1]
+            self._shown = max(self._shown, len(text) - 1)
+        else:
+            piece = text[self._shown :]
+            self._prefix, self._read = self._read, len(self._ids)
+            self._shown = len(self._decode(self._prefix, self._read))
         return self._release(piece)
 
     def finish(self) -> str:
         """The rest, when no token will follow."""
         if self.stopped:
             return ""
-        rest = self._decode(self._prefix, len(self._ids))[len(self._decode(self._prefix, self._read)) :]
+        rest = self._decode(self._prefix, len(self._ids))[self._shown :]
         shown = self._release(rest)
         return shown if self.stopped else shown + self._held
 

@@ -1,0 +1,136 @@
+"""Runs the API: in the foreground until a signal, or beside something else for as long as a `with` lasts."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import structlog
+import uvicorn
+
+from serving.api import create_app
+from serving.errors import ServingError
+from serving.swap import HotSwap
+
+# Answers on their way may finish; a stuck one must not keep the process for ever.
+GRACE_S = 30
+START_S = 30
+
+log = structlog.get_logger()
+
+
+def serve(
+    swaps: Sequence[HotSwap],
+    *,
+    host: str,
+    port: int,
+    answer_key: bytes,
+    max_tokens: Mapping[str, int] | None = None,
+) -> None:
+    """Serve until SIGINT or SIGTERM: no new requests, answers on their way finish, then everything stops.
+
+    Raises:
+        ServingError: the address cannot be bound.
+    """
+    app = create_app(swaps, answer_key, max_tokens=max_tokens)
+    with _bound(host, port) as listener, _following(swaps):
+        log.info("serving", address=f"http://{host}:{listener.getsockname()[1]}", streams=[s.stream for s in swaps])
+        server = uvicorn.Server(_config(app))
+        with _ending(server):
+            server.run(sockets=[listener])
+    log.info("stopped serving")
+
+
+@contextlib.contextmanager
+def running(
+    swaps: Sequence[HotSwap],
+    *,
+    answer_key: bytes,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    max_tokens: Mapping[str, int] | None = None,
+) -> Iterator[str]:
+    """Serve on a thread while the block runs; gives the address. Port 0 takes a free one.
+
+    Engines are not closed: whoever made them does.
+
+    Raises:
+        ServingError: the address cannot be bound, or the server does not start.
+    """
+    with _bound(host, port) as listener:
+        server = uvicorn.Server(_config(create_app(swaps, answer_key, max_tokens=max_tokens)))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="api", daemon=True)
+        for swap in swaps:
+            swap.start()
+        thread.start()
+        try:
+            end = time.monotonic() + START_S
+            while not server.started:
+                if not thread.is_alive() or time.monotonic() > end:
+                    raise ServingError(f"address={host}:{port}: the server did not start; its log says why")
+                time.sleep(0.01)
+            yield f"http://{host}:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+            for swap in swaps:
+                swap.stop()
+
+
+@contextlib.contextmanager
+def _ending(server: uvicorn.Server) -> Iterator[None]:
+    """Signals end the server and nothing else: uvicorn raises them again when it is done, which would kill us there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(_number: int, _frame: object) -> None:
+        server.should_exit = True
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _following(swaps: Sequence[HotSwap]) -> Iterator[None]:
+    """Swaps follow the registry while the block runs; then they stop, and their engines with them."""
+    try:
+        for swap in swaps:
+            swap.start()
+        yield
+    finally:
+        for swap in swaps:
+            swap.stop()
+        for engine in {id(swap.engine): swap.engine for swap in swaps}.values():
+            engine.close()
+
+
+@contextlib.contextmanager
+def _bound(host: str, port: int) -> Iterator[socket.socket]:
+    """A listening address, taken before anything slow begins."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise ServingError(
+                f"api={host}:{port}: cannot be bound ({error.strerror}); stop what uses it or change service.api.port"
+            ) from error
+        yield listener
+
+
+def _config(app: Any) -> uvicorn.Config:
+    # No access log: a line a request says nothing the metrics do not. No logging set-up: that is the application's.
+    return uvicorn.Config(
+        app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S, server_header=False, lifespan="off"
+    )

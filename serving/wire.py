@@ -1,0 +1,216 @@
+"""OpenAI's wire form: what a request may hold, and what answers, chunks and errors look like.
+
+Fields that would change an answer and are not supported are refused by name; those that would not are ignored.
+Messages about a wrong request name the field and the bound, and never repeat a prompt.
+(https://platform.openai.com/docs/api-reference, chat and completions.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from serving.engine import Finish, Sampling
+from serving.errors import RequestRefused
+
+MESSAGES_MAX = 1000
+CHOICES_MAX = 16
+STOPS_MAX = 4
+_R = TypeVar("_R", bound="Request")
+
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class _Ignoring(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+
+class TextPart(_Ignoring):
+    """One part of a message; only text is served."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Ignoring):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def plain(self) -> dict[str, str]:
+        """Role and text as a chat template wants them; `developer` is OpenAI's newer word for `system`."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class StreamOptions(_Ignoring):
+    """What a stream carries beside text."""
+
+    include_usage: bool = False
+
+
+class TextFormat(_Ignoring):
+    """The only response format: text."""
+
+    type: Literal["text"]
+
+
+class Request(_Strict):
+    """What chat and completions have in common."""
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=CHOICES_MAX)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=STOPS_MAX)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # Refused unless they change nothing.
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    # Ignored: they change nothing in the answer.
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> Request:
+        if self.stream_options and not self.stream:
+            raise ValueError("stream_options: is only allowed when stream is true")
+        return self
+
+    def sampling(self, max_tokens: int, choice: int = 0) -> Sampling:
+        """How to choose tokens; what is left out is as OpenAI documents it: temperature 1, top_p 1.
+
+        Args:
+            max_tokens: most tokens of the answer.
+            choice: which of `n`; each has a seed of its own.
+        """
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            seed=None if self.seed is None else (self.seed + choice) % 2**63,
+            stop=stop,
+        )
+
+    @property
+    def tokens_asked(self) -> int | None:
+        """Most tokens of an answer, if the client says so."""
+        return self.max_tokens
+
+    @property
+    def usage_in_stream(self) -> bool:
+        """Whether a last chunk shall carry the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatRequest(Request):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES_MAX)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
+    response_format: TextFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @property
+    def tokens_asked(self) -> int | None:
+        """The newer name wins."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionRequest(Request):
+    """POST /v1/completions. Prompts are text: token ids could spell control tokens."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=CHOICES_MAX)]
+    echo: Literal[False] | None = None
+    suffix: Literal[""] | None = None
+    logprobs: None = None
+    best_of: Literal[1] | None = None
+
+    @property
+    def prompts(self) -> list[str]:
+        """All prompts."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+
+def parse(kind: type[_R], body: bytes) -> _R:
+    """Read a request.
+
+    Raises:
+        RequestRefused: names the first field that is wrong.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_context=False)
+    # Of a text or a list, the list's complaint says more.
+    first = next((e for e in errors if e["type"] != "string_type"), errors[0])
+    path = [str(part) for part in first["loc"]]
+    param = path[0] if path else None
+    if first["type"] == "json_invalid":
+        raise RequestRefused("body: is not valid JSON; send one JSON object")
+    if first["type"] == "extra_forbidden":
+        raise RequestRefused(f"Unrecognized request argument supplied: {path[0][:80]}", param=path[0][:80])
+    value = first["input"]
+    shown = f"={value!r}" if isinstance(value, bool | int | float) or value is None else ""
+    # The path also holds the types that were tried; only fields' own names are shown.
+    names = {name for model in (kind, Message, TextPart, StreamOptions, TextFormat) for name in model.model_fields}
+    name = ".".join(part for part in path if part.isdigit() or part in names)[:200] or "body"
+    raise RequestRefused(f"{name}{shown[:80]}: {first['msg']}", param=param, code="invalid_value")
+
+
+def usage(finishes: Mapping[int, Finish], choices: int) -> dict[str, int]:
+    """What answers took; a prompt counts once, however many choices it has.
+
+    Args:
+        finishes: by choice, grouped by prompt.
+        choices: how many a prompt has.
+    """
+    prompt_tokens = sum({index // choices: finish.prompt_tokens for index, finish in finishes.items()}.values())
+    completion_tokens = sum(finish.completion_tokens for finish in finishes.values())
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def error_body(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def chat_choice(index: int, text: str, reason: str) -> dict[str, Any]:
+    """One choice of a whole chat answer."""
+    message = {"role": "assistant", "content": text, "refusal": None}
+    return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+
+
+def chat_delta(index: int, delta: Mapping[str, Any], reason: str | None = None) -> dict[str, Any]:
+    """One choice of a chat chunk."""
+    return {"index": index, "delta": dict(delta), "logprobs": None, "finish_reason": reason}
+
+
+def text_choice(index: int, text: str, reason: str | None = None) -> dict[str, Any]:
+    """One choice of a completion, whole or chunk."""
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
