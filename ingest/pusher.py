@@ -22,7 +22,9 @@ class Pusher:
     def __init__(self, lane: Lane, on_failure: Callable[[RepositoryError], None]) -> None:
         self._lane = lane
         self._on_failure = on_failure
-        self._wanted = threading.Event()
+        # Guards the two flags: there is something to push, and there will be nothing more.
+        self._changed = threading.Condition()
+        self._pending = True  # what an earlier process could not push
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=f"push {lane.name}", daemon=True)
 
@@ -31,26 +33,25 @@ class Pusher:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._closing = True
-        self._wanted.set()
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
         self._thread.join(_CLOSE_SECONDS)
 
     def notify(self) -> None:
         """There is a new block."""
-        self._wanted.set()
+        with self._changed:
+            self._pending = True
+            self._changed.notify()
 
     def _run(self) -> None:
-        pending = True  # what an earlier process could not push
-        while not self._closing:
-            if pending:
-                self._push()
-            self._wanted.wait()
-            pending = True
-            self._wanted.clear()
-        self._push()
-
-    def _push(self) -> None:
-        try:
-            self._lane.push()
-        except RepositoryError as error:
-            self._on_failure(error)
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending or self._closing)
+                if not self._pending:
+                    return
+                self._pending = False
+            try:
+                self._lane.push()
+            except RepositoryError as error:
+                self._on_failure(error)
