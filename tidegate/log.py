@@ -23,7 +23,9 @@ def configure() -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
+    logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
+    # On the handler, because libraries reset the levels of their own loggers when they are imported.
+    logging.getLogger().handlers[0].setLevel(logging.WARNING)
     # Chatty below error: kafka-python repeats every reconnect, alembic every migration.
     for name in ("kafka", "alembic", "dvc", "mlflow", "great_expectations", "apscheduler"):
         logging.getLogger(name).setLevel(logging.ERROR)

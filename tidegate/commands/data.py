@@ -95,7 +95,7 @@ def blocks(given: str | None, stream: str, *, want_json: bool) -> None:
 
 @click.command()
 @click.argument("stream")
-@click.option("--limit", default=20, show_default=True, type=click.IntRange(min=1), help="How many, oldest first.")
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(min=1), help="The newest so many.")
 @click.option("--content", is_flag=True, help="Show the rejected bytes too: they may be people's data.")
 @click.option("--json", "want_json", is_flag=True, help="JSON instead of a table.")
 @click.pass_obj
