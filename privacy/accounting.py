@@ -21,11 +21,15 @@ SIGMA_MIN = 0.05
 SIGMA_MAX = 10_000.0
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def check_mechanism(q: float, sigma: float, steps: int) -> None:
     """Raise PolicyError unless 0 <= q <= 1, sigma is positive and finite, steps is a whole number >= 1."""
-    if not (isinstance(q, int | float) and 0.0 <= q <= 1.0):
+    if not (_is_number(q) and 0.0 <= q <= 1.0):
         raise PolicyError(f"q={q}: must be in [0, 1]; it is the chance of one unit per step")
-    if not (isinstance(sigma, int | float) and math.isfinite(sigma) and sigma > 0.0):
+    if not (_is_number(sigma) and math.isfinite(sigma) and sigma > 0.0):
         raise PolicyError(f"sigma={sigma}: must be positive and finite; it is the noise multiplier")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise PolicyError(f"steps={steps}: must be a whole number of at least 1")
@@ -40,23 +44,30 @@ def check_orders(orders: Sequence[int]) -> None:
 
 @lru_cache(maxsize=100_000)
 def _rdp_step(q: float, sigma: float, order: int) -> float:
-    """RDP of one step at one integer order: log A(alpha) / (alpha - 1), the sum taken in log space."""
+    """RDP of one step at one integer order: log A / (order - 1).
+
+    A = sum_k C(order, k) (1-q)^(order-k) q^k exp(x_k) with x_k = k(k-1) / (2 sigma^2). The binomial weights sum to one,
+    so A - 1 is the same sum over exp(x_k) - 1, which is zero for k < 2: taken like this nothing cancels, and a tiny q
+    is not rounded down to a price of zero.
+    """
+    half = 0.5 / sigma / sigma
+    if q == 1.0:
+        return order * half
     if q == 0.0:
         return 0.0
-    if q == 1.0:
-        return order / (2.0 * sigma * sigma)
-    log_q, log_p = math.log(q), math.log1p(-q)
-    terms = [
-        _log_binomial(order, k) + k * log_q + (order - k) * log_p + (k * k - k) / (2.0 * sigma * sigma)
-        for k in range(order + 1)
-    ]
+    terms = []
+    for k in range(2, order + 1):
+        x = k * (k - 1) * half
+        if math.isinf(x):
+            return math.inf
+        if x > 0.0:  # else sigma is so large that the term is below the smallest double
+            weight = math.log(math.comb(order, k)) + k * math.log(q) + (order - k) * math.log1p(-q)
+            terms.append(weight + x + math.log(-math.expm1(-x)))
+    if not terms:
+        return 0.0
     top = max(terms)
-    # Rounding may leave a sum just below one; a divergence is never negative.
-    return max(0.0, top + math.log(math.fsum(math.exp(t - top) for t in terms))) / (order - 1)
-
-
-def _log_binomial(n: int, k: int) -> float:
-    return math.log(math.comb(n, k))
+    log_excess = top + math.log(math.fsum(math.exp(t - top) for t in terms))  # log(A - 1)
+    return (max(log_excess, 0.0) + math.log1p(math.exp(-abs(log_excess)))) / (order - 1)
 
 
 def rdp(q: float, sigma: float, steps: int, orders: Sequence[int]) -> tuple[float, ...]:
@@ -100,9 +111,9 @@ def caps(orders: Sequence[int], epsilon: float, delta: float) -> tuple[float, ..
         PolicyError: orders, epsilon or delta are out of bounds, or no order has a positive cap.
     """
     check_orders(orders)
-    if not (math.isfinite(epsilon) and epsilon > 0.0):
+    if not (_is_number(epsilon) and math.isfinite(epsilon) and epsilon > 0.0):
         raise PolicyError(f"epsilon={epsilon}: must be positive and finite")
-    if not 0.0 < delta < 1.0:
+    if not (_is_number(delta) and 0.0 < delta < 1.0):
         raise PolicyError(f"delta={delta}: must be in (0, 1)")
     share = delta / len(orders)
     found = tuple(epsilon - _conversion(order, share) for order in orders)

@@ -46,8 +46,9 @@ class Policy:
         if isinstance(self.attempts, bool) or not isinstance(self.attempts, int) or self.attempts < 1:
             raise PolicyError(f"attempts={self.attempts}: must be a whole number of at least 1")
         for name in ("replay_share", "holdout_share"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise PolicyError(f"{name}={getattr(self, name)}: must be in [0, 1)")
+            share = getattr(self, name)
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 <= share < 1.0:
+                raise PolicyError(f"{name}={share}: must be in [0, 1)")
         object.__setattr__(self, "orders", tuple(self.orders))
         caps(self.orders, self.epsilon, self.delta)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import os
 import stat
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from privacy.canonical import canonical
-from privacy.errors import SignatureError
+from privacy.errors import PrivacyError, SignatureError
 
 # 64 bits of a SHA-256 name a key among the handful a service ever has.
 KEY_ID_HEX = 16
@@ -64,28 +64,34 @@ class SigningKey:
 
     @classmethod
     def load_or_create(cls, path: Path) -> SigningKey:
-        """Read the key, or make one; safe when two processes do so at once.
+        """Read the key, or make one; safe when two processes do so at once: both get the same key.
 
         Raises:
-            SignatureError: the file can be read by others, or holds no Ed25519 private key.
+            SignatureError: the file can be read by others, holds no Ed25519 private key, or its `.pub` is another's.
         """
         try:
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            return cls._load(path)
+            if not path.exists():
+                cls._create(path)
+            key = cls._load(path)
+            key._keep_public(path.with_suffix(".pub"))  # noqa: SLF001 - a method of the same class
         except OSError as error:
-            raise SignatureError(f"{path}: cannot make a key: {error.strerror}") from None
-        fresh = Ed25519PrivateKey.generate()
-        pem = fresh.private_bytes(
+            raise SignatureError(f"{path}: cannot read or make the key: {error.strerror}") from None
+        return key
+
+    @staticmethod
+    def _create(path: Path) -> None:
+        pem = Ed25519PrivateKey.generate().private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        with os.fdopen(handle, "wb") as out:
-            out.write(pem)
-            out.flush()
-            os.fsync(out.fileno())
-        key = cls(fresh)
-        key.write_public(path.with_suffix(".pub"))
-        return key
+        partial = _write_beside(path, pem, mode=0o600)
+        try:
+            # A link appears whole or not at all, and never replaces the key another process has just made.
+            os.link(partial, path)
+        except FileExistsError:
+            pass
+        finally:
+            partial.unlink()
+        _sync_folder(path.parent)
 
     @classmethod
     def _load(cls, path: Path) -> SigningKey:
@@ -98,19 +104,34 @@ class SigningKey:
             raise SignatureError(f"{path}: holds no readable private key; restore it from a backup") from None
         if not isinstance(key, Ed25519PrivateKey):
             raise SignatureError(f"{path}: must be an Ed25519 private key")
-        signing = cls(key)
-        if not path.with_suffix(".pub").exists():
-            signing.write_public(path.with_suffix(".pub"))
-        return signing
+        return cls(key)
+
+    def _keep_public(self, path: Path) -> None:
+        if path.exists():
+            if PublicKey.load(path) != self.public:
+                raise SignatureError(
+                    f"{path}: key_id={PublicKey.load(path).key_id}, must be {self.key_id}, the private key beside it; "
+                    f"keep a retired public key under another name"
+                )
+            return
+        self.write_public(path)
 
     def write_public(self, path: Path) -> None:
-        """Write the public half as PEM."""
+        """Write the public half as PEM, whole or not at all."""
         public = self._key.public_key()
         pem = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-        path.write_bytes(pem)
+        _write_beside(path, pem, mode=0o644).replace(path)
+        _sync_folder(path.parent)
 
     def sign(self, payload: Mapping[str, Any]) -> dict[str, Any]:
-        """The payload with `key_id` and `signature` (base64url) over everything but the signature."""
+        """The payload with `key_id` and `signature` (base64url) over everything but the signature.
+
+        Raises:
+            SignatureError: the payload has a field of that name already: it would be replaced in silence.
+            PrivacyError: the payload is not JSON.
+        """
+        if taken := {"key_id", "signature"} & payload.keys():
+            raise SignatureError(f"payload fields {', '.join(sorted(taken))}: are the signature's own; rename them")
         body = {**payload, "key_id": self.key_id}
         signature = self._key.sign(canonical(body))
         return {**body, "signature": base64.urlsafe_b64encode(signature).decode("ascii")}
@@ -145,10 +166,37 @@ class TrustedKeys:
             raise SignatureError(f"key_id={signed['key_id']}: not trusted here; trusted keys: {known}")
         body = {name: value for name, value in signed.items() if name != "signature"}
         try:
-            signature = base64.urlsafe_b64decode(str(signed["signature"]))
+            signature = _decoded(str(signed["signature"]))
             Ed25519PublicKey.from_public_bytes(key.raw).verify(signature, canonical(body))
-        except (InvalidSignature, binascii.Error, ValueError):
+        except (InvalidSignature, ValueError, PrivacyError):
             raise SignatureError(
                 f"key_id={signed['key_id']}: signature does not match; the value was changed"
             ) from None
         return {name: value for name, value in body.items() if name != "key_id"}
+
+
+def _decoded(text: str) -> bytes:
+    """Bytes of a base64url text. Python skips unknown characters and spare bits: one signature has one spelling."""
+    found = base64.urlsafe_b64decode(text)
+    if base64.urlsafe_b64encode(found).decode("ascii") != text:
+        raise ValueError("not the canonical base64url")
+    return found
+
+
+def _write_beside(path: Path, content: bytes, *, mode: int) -> Path:
+    """A synced file of a name of its own in the folder of `path`, ready to take its place."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "wb") as out:
+        os.fchmod(out.fileno(), mode)
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+    return Path(name)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
