@@ -257,29 +257,24 @@ HELD_OUT = {
     ),
 }
 
-# Openings and closings by how a person writes; an empty one is common.
+# Openings and closings by how a person writes; most people use one of them or none.
 REGISTERS = {
     "formal": (
-        ("Dear support team,", "Good morning,", "Dear Sir or Madam,", "Hello,", "To whom it may concern,"),
-        ("Kind regards", "Thank you in advance.", "I look forward to your reply.", "Many thanks.", ""),
+        ("Dear support team,", "Good morning,", "Hello,", "", ""),
+        ("Kind regards", "Thank you.", "Many thanks.", "", ""),
     ),
     "casual": (
-        ("hi,", "hey there,", "hi guys,", "hello!", "hey, quick question:", ""),
-        ("thanks!", "cheers", "thx", "any idea?", "would be great :)", ""),
+        ("hi,", "hey there,", "hi guys,", "hello!", "", "", ""),
+        ("thanks!", "cheers", "thx", "any idea?", "", "", ""),
     ),
-    "terse": (("", "", "", "Question:"), ("", "", "", "Please advise.")),
+    "terse": (("",), ("", "", "", "Please advise.")),
     "angry": (
-        ("Seriously,", "This is the third time I write:", "I am really annoyed,", "Unbelievable,", "Listen,"),
-        ("Fix it!", "Last time I order from you.", "I want an answer today!", "This is a joke.", ""),
+        ("Seriously,", "Unbelievable,", "Listen,", "This is the third time I write:", "", ""),
+        ("Fix it!", "I want an answer today!", "This is a joke.", "", "", ""),
     ),
     "chatty": (
-        (
-            "Hi, I hope you had a nice weekend,",
-            "Hello, me again,",
-            "Hi, it is about my last order,",
-            "Sorry to bother you,",
-        ),
-        ("Hope you can help me.", "Thanks a lot and have a nice day!", "Not urgent, but still.", "Let me know please."),
+        ("Hello, me again,", "Sorry to bother you,", "", ""),
+        ("Hope you can help me.", "Have a nice day!", "Let me know please.", "", ""),
     ),
 }
 
