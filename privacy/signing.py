@@ -126,13 +126,12 @@ class SigningKey:
     def sign(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         """The payload with `key_id` and `signature` (base64url) over everything but the signature.
 
+        A payload that carries a signature is signed anew: the old one is no part of it.
+
         Raises:
-            SignatureError: the payload has a field of that name already: it would be replaced in silence.
             PrivacyError: the payload is not JSON.
         """
-        if taken := {"key_id", "signature"} & payload.keys():
-            raise SignatureError(f"payload fields {', '.join(sorted(taken))}: are the signature's own; rename them")
-        body = {**payload, "key_id": self.key_id}
+        body = {name: value for name, value in payload.items() if name != "signature"} | {"key_id": self.key_id}
         signature = self._key.sign(canonical(body))
         return {**body, "signature": base64.urlsafe_b64encode(signature).decode("ascii")}
 
