@@ -101,7 +101,7 @@ def run_round(
         checkpoint_dir: this attempt's own folder.
         out_dir: becomes the adapter's folder.
         max_tokens: longer records lose the beginning of their prompt.
-        progress: told after each step.
+        progress: told at the start and after each step.
         speed: knobs without influence on the result.
 
     Raises:
@@ -113,20 +113,18 @@ def run_round(
     _check_arguments(plan, base, parent_dir, key, checkpoint_dir)
     check_charges(plan)
     gathered, units = gather(plan.blocks, _complete(plan, records), plan.unit)
-    context = {
-        "plan": plan.plan_hash,
-        "data": _data_sha256(plan, gathered, system, max_tokens),
-        "base": base.sha256,
-        "code": plan.code_sha256,
-    }
+    data = _data_sha256(plan, gathered, system, max_tokens)
+    context = {"plan": plan.plan_hash, "data": data, "base": base.sha256, "code": plan.code_sha256}
     found = load(checkpoint_dir, context)
-    threads = found.threads if found else speed.threads or torch.get_num_threads()
-    with _threads(threads):
+    with _threads(found.threads if found else speed.threads or torch.get_num_threads()) as threads:
         renderer = Renderer(load_tokenizer(base), system)
         examples = [_example(renderer, record, max_tokens) for record in gathered]
         lora = _start(plan, base, parent_dir, speed)
         begin = lora.theta.clone()
         streams = [KeyedStream(key, context, step) for step in range(plan.steps)]
+        begun = found.step if found else 0
+        if progress:
+            progress(begun, plan.steps)  # filling the prefix cache takes about as long as ten steps
         optimiser = _continue(lora, plan, found)
         step = _private_step(plan, lora, examples, units, streams, speed)
 
@@ -137,7 +135,7 @@ def run_round(
             if progress:
                 progress(done, plan.steps)
 
-        for number in range(found.step if found else 0, plan.steps):
+        for number in range(begun, plan.steps):
             optimiser.step(step.gradient(streams[number]), number)
             keep(number + 1)
         delta = float((lora.theta - begin).abs().max())
@@ -233,11 +231,11 @@ def _private_step(
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def _threads(count: int) -> Iterator[int]:
     """Fix torch's thread count: how a sum is cut among threads decides its last bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
-        yield
+        yield count
     finally:
         torch.set_num_threads(before)

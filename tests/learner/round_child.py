@@ -16,7 +16,8 @@ def main(folder, threads):
     plan = RoundPlan.model_validate(json.loads((folder / "plan.json").read_text()))
 
     def progress(done, steps):
-        print(f"{done}/{steps}", flush=True)
+        sys.stdout.write(f"{done}/{steps}\n")
+        sys.stdout.flush()
 
     output = run_round(
         plan,
@@ -31,7 +32,7 @@ def main(folder, threads):
         progress=progress,
         speed=Speed(threads=threads, checkpoint_steps=2),
     )
-    print(json.dumps({"sha256": output.adapter_sha256, "resumed": output.resumed}), flush=True)
+    sys.stdout.write(json.dumps({"sha256": output.adapter_sha256, "resumed": output.resumed}) + "\n")
 
 
 if __name__ == "__main__":

@@ -58,8 +58,7 @@ def test_a_split_keeps_every_drawn_unit_once_and_within_its_limits():
     rng = np.random.default_rng(0)
     lengths = [int(n) for n in rng.integers(5, 60, size=200)]
     units = [Unit(0.5, (i,)) for i in range(190)] + [Unit(0.5, tuple(range(190, 200)))]
-    drawn = sorted(int(i) for i in rng.choice(191, size=97, replace=False)) + [190]
-    drawn = sorted(set(drawn))
+    drawn = sorted({190, *(int(i) for i in rng.choice(190, size=97, replace=False))})
     batches = split(drawn, units, lengths, tokens_max=256, rows_max=8)
     assert sorted(u for batch in batches for u in batch.units) == drawn
     for batch in batches:
