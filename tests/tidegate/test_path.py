@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -216,7 +217,7 @@ def test_dvc_repro_verifies_the_private_round(desk, tmp_path):
     environment = {
         **os.environ,
         "TIDEGATE_WORKSPACE": str(desk.root),
-        "PATH": os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"])),
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
         "DVC_NO_ANALYTICS": "1",
     }
     done = subprocess.run(
