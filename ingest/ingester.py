@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from structlog import get_logger
 
 from ingest import metrics
-from ingest.broker import TopicReader, TopicWriter, describe_topic, ensure_topic
+from ingest.broker import TopicReader, TopicWriter, check, describe_topic, ensure_topic
 from ingest.deadletters import OVERHEAD_BYTES_MAX, headers_of, key_of, topic_of
 from ingest.errors import BrokerError, LaneConflict, OffsetsGone, SettingError
 from ingest.expectations import Suite
@@ -45,16 +45,20 @@ if TYPE_CHECKING:
 
 log = get_logger()
 
-# A broker that does not hold an empty fetch back (the embedded one) makes kafka-python spin for as long as a poll lasts:
+# A broker that does not hold an empty fetch back (the embedded one) makes kafka-python spin while a poll lasts:
 # so a poll is short, and an empty one is followed by a real pause, in which a stop is heeded at once.
 _POLL_MS: Final = 20
 _IDLE_SECONDS: Final = 0.2
 _POLL_MESSAGES: Final = 5000
 # How often an idle consumer asks for the lag, which also notices a broker that is gone.
 _LAG_SECONDS: Final = 5.0
+# A fetch that is under way when a topic seems silent comes within this time, or not at all.
+_SLOW_SECONDS: Final = 10.0
 # How often new partitions and a topic made anew are looked for.
 _TOPIC_SECONDS: Final = 30.0
-_MARK_POLLS: Final = 4
+# One message is asked for that is known to be there; only a broker in trouble takes longer.
+_MARK_POLLS: Final = 10
+_MARK_POLL_MS: Final = 500
 
 
 class _StartOver(Exception):
@@ -251,7 +255,7 @@ class _Session:
                 continue
             self.reader.seek({partition: offset})
             for _ in range(_MARK_POLLS):
-                if found := self.reader.poll(1, _POLL_MS):
+                if found := self.reader.poll(1, _MARK_POLL_MS):
                     if found[0].offset == offset and mark_of(found[0]) != digest:
                         return False
                     break
@@ -268,7 +272,7 @@ class _Session:
             missing = self.of.block_offsets - batch.span
             if missing <= 0 or (began is not None and now - began >= self.of.block_seconds):
                 return batch
-            if until_idle_s is not None and now - news >= until_idle_s:
+            if until_idle_s is not None and self._silent(now - news, until_idle_s):
                 return batch if batch.span else None
             found = self.reader.poll(min(missing, _POLL_MESSAGES), _POLL_MS)
             end = self.reader.positions()
@@ -284,19 +288,32 @@ class _Session:
             stop.wait(_IDLE_SECONDS)
         return None
 
+    def _silent(self, idle_s: float, until_idle_s: float) -> bool:
+        """Whether the topic has been silent for so long; a slow answer is no silence, unless it lasts."""
+        if idle_s < until_idle_s:
+            return False
+        if idle_s >= until_idle_s + _SLOW_SECONDS:
+            return True
+        try:
+            return self._lag() <= 0
+        except BrokerError:
+            return False
+
     def _watch(self) -> bool:
         """While nothing arrives: lag, new partitions, and whether the broker is there. True: it is not."""
         now = time.monotonic()
         if now - self._asked_lag < _LAG_SECONDS:
             return self._outage
-        self._asked_lag = now
         try:
+            # The consumer itself waits in silence for a broker that is gone.
+            check(self.of.settings)
             self._report_lag()
             if now - self._asked_topic >= _TOPIC_SECONDS:
                 self._asked_topic = now
                 if describe_topic(self.of.settings, self.of.topic) != self.info:
                     raise _StartOver(f"topic={self.of.topic}: changed; partitions and offsets are looked up again")
         except BrokerError as error:
+            self._asked_lag = now
             if not self._outage:
                 self.of.alarm("broker", str(error))
             self._outage = True
@@ -307,10 +324,16 @@ class _Session:
         return self._outage
 
     def _report_lag(self) -> None:
+        if time.monotonic() - self._asked_lag < _LAG_SECONDS:
+            return
+        self._asked_lag = time.monotonic()
+        metrics.DEFAULT.lag.labels(self.of.stream).set(max(self._lag(), 0))
+
+    def _lag(self) -> int:
+        """Offsets the topic holds and we have not read."""
         bounds = self.reader.bounds(self.info.partitions)
         positions = self.reader.positions()
-        lag = sum(end - positions.get(partition, first) for partition, (first, end) in bounds.items())
-        metrics.DEFAULT.lag.labels(self.of.stream).set(max(lag, 0))
+        return sum(end - positions.get(partition, first) for partition, (first, end) in bounds.items())
 
     def _seal(self, batch: Batch) -> Manifest:
         of = self.of
@@ -400,6 +423,7 @@ class _Session:
         of, counts, count = self.of, manifest.counts, metrics.DEFAULT
         try:
             self.reader.commit(manifest.next_offsets)
+            self._report_lag()
         except BrokerError as error:
             of.alarm("lag_monitor", str(error))
         self.pusher.notify()

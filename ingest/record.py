@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, V
 from ingest.errors import SettingError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
 SCHEMA_VERSION: Final = 1
 ID_BYTES_MAX: Final = 128
@@ -96,14 +96,14 @@ class Reason:
 
 @dataclass(frozen=True)
 class RecordLimits:
-    """What a stream declares about its records. `labels=None`: any label.
+    """What a stream declares about its records; kept as frozen sets. `labels=None`: any label.
 
     Raises:
         SettingError: a limit that no record could meet.
     """
 
-    domains: frozenset[str]
-    labels: frozenset[str] | None
+    domains: Collection[str]
+    labels: Collection[str] | None
     prompt_chars_max: int
     completion_chars_max: int
 

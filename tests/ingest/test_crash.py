@@ -35,7 +35,7 @@ def _ingest_and_die(world: World, step: str | None, nth: int, tell: Connection) 
         if seen == nth:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    world.ingester(listen).run(threading.Event(), until_idle_s=1.0)
+    world.ingester(listen).run(threading.Event(), until_idle_s=0.3)
 
 
 def _child(world: World, step: str | None = None, nth: int = 1, kill_after: int | None = None) -> int | None:

@@ -1,6 +1,7 @@
 """Records of every kind through a real broker into blocks, and the whole history afterwards."""
 
 import json
+import queue
 import shutil
 import sqlite3
 import threading
@@ -11,6 +12,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from ingest.broker import KafkaSettings
+from ingest.embedded import EmbeddedBroker
 from ingest.errors import LaneBusy, SettingError, SuiteError, ValidationStopped
 from ingest.split import split_of
 from tests.ingest.blocks import manifest_of
@@ -281,3 +283,29 @@ def test_dead_letters_hold_no_content_but_the_original(world: World) -> None:
     (letter,) = world.letters()
     assert secret not in letter.key + "".join(letter.reasons)
     assert secret.encode() in (letter.value or b"")
+
+
+# kafka-python forgets the sockets of connections that failed.
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+def test_a_broker_that_goes_away_is_told_and_waited_for(
+    tmp_path: Path, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ingest.ingester._LAG_SECONDS", 0.2)
+    broker = EmbeddedBroker(tmp_path / "broker")
+    world = World(tmp_path, KafkaSettings(broker.bootstrap), topic, block_offsets=10).make()
+    heard: queue.Queue[str] = queue.Queue()
+    with broker:
+        put(world.settings, topic, [line(i) for i in range(10)])
+        ingester = world.ingester(lambda name, facts: heard.put(facts.get("kind", name)))
+        worker = threading.Thread(target=ingester.run, args=(threading.Event(), 2))
+        worker.start()
+        while heard.get(timeout=60) != "sealed":
+            pass
+    while heard.get(timeout=60) != "broker":
+        pass
+    with broker:
+        put(world.settings, topic, [line(i) for i in range(10, 20)])
+        worker.join(60)
+        assert not worker.is_alive()
+        assert world.check_history() == {"block": 20}

@@ -97,7 +97,7 @@ class World:
             on_event=on_event,
         )
 
-    def ingest(self, idle_s: float = 0.6, **options: Any) -> list[Manifest]:
+    def ingest(self, idle_s: float = 0.3, **options: Any) -> list[Manifest]:
         """Run until the topic is silent."""
         return self.ingester(options.pop("on_event", None)).run(threading.Event(), until_idle_s=idle_s, **options)
 
