@@ -1,3 +1,5 @@
+import json
+import os
 import subprocess
 import sys
 import time
@@ -48,9 +50,9 @@ def test_every_command_teaches_itself(name):
     assert len(done.stdout.splitlines()) > 4
 
 
-def run(*arguments, cwd):
+def run(*arguments, cwd, env=None):
     return subprocess.run(
-        [sys.executable, "-m", "tidegate", *arguments], capture_output=True, text=True, check=False, cwd=cwd
+        [sys.executable, "-m", "tidegate", *arguments], capture_output=True, text=True, check=False, cwd=cwd, env=env
     )
 
 
@@ -109,6 +111,8 @@ def test_outside_a_workspace_the_way_in_is_told(tmp_path):
 
 
 def test_config_prints_values_with_their_origin(workspace):
-    done = run("config", "--json", cwd=workspace)
-    assert '"from": "params.yaml"' in done.stdout
-    assert '"from": "default"' in done.stdout
+    name = "TIDEGATE__SERVICE__API__PORT"
+    done = run("config", "--json", cwd=workspace, env={**os.environ, name: "9999"})
+    values = json.loads(done.stdout)
+    assert values["service.api.port"] == {"value": 9999, "from": name}
+    assert values["service.api.host"]["from"] == "params.yaml"
