@@ -2,86 +2,48 @@
 
 A round's attempt is reserved, started and committed, a row each. Reserved, started and committed attempts count as
 spent; only a reserved one can be cancelled, because nothing was read yet. Spending is always recomputed from the rows
-in their order, so that a replay equals what was in memory, bit for bit.
+in their order, so that a replay equals what was in memory, bit for bit. Time plays no part: a clock that goes back
+changes what a row says, not where it stands.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
 import sqlalchemy as sa
 
-from privacy import accounting, tables
-from privacy.canonical import canonical, sha256_of
-from privacy.errors import BudgetExceeded, LedgerBehindReceipt, LedgerBroken, LedgerConflict, LedgerError
+from privacy import accounts, chain, tables
+from privacy.accounts import Account, Shortfall
+from privacy.canonical import canonical
+from privacy.chain import GENESIS, BlockRow, Charge, LedgerRow, State, hash_of
+from privacy.errors import BudgetExceeded, LedgerBehindReceipt, LedgerConflict, LedgerError
 from privacy.policy import Policy
 
-State = Literal["reserved", "started", "committed", "cancelled"]
-GENESIS = "0" * 64
+__all__ = ["GENESIS", "Account", "Charge", "Ledger", "LedgerRow", "Shortfall", "Snapshot", "State"]
+
 # What may follow what. `planned` is a plan on disk that the ledger has not heard of.
 _FOLLOWS: Mapping[str, str] = {"started": "reserved", "committed": "started", "cancelled": "reserved"}
 
 
 @dataclass(frozen=True)
-class Charge:
-    """What one round does to every unit of one block: `steps` draws at rate `q` with noise multiplier `sigma`."""
+class Snapshot:
+    """A stream's rows and accounts as they stood at one moment; accounts in the order in which blocks became known."""
 
-    block_id: str
-    q: float
-    sigma: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        accounting.check_mechanism(self.q, self.sigma, self.steps)
-        object.__setattr__(self, "q", float(self.q))
-        object.__setattr__(self, "sigma", float(self.sigma))
-
-
-@dataclass(frozen=True)
-class LedgerRow:
-    """One step of one attempt. Charges stand in the `reserved` row; the hash covers them and the row before."""
-
-    seq: int
-    stream: str
-    round_id: str
-    attempt: int
-    state: State
-    plan_hash: str
-    noise_source: str
-    adapter_sha256: str
-    at: str
-    charges: tuple[Charge, ...]
-    prev_hash: str
-    hash: str
-
-    def computed_hash(self) -> str:
-        """SHA-256 over everything in the row but its hash."""
-        body = asdict(self)
-        del body["hash"]
-        return sha256_of(body)
-
-
-@dataclass(frozen=True)
-class Shortfall:
-    """A block that cannot pay, and by how much, as a share of its filter."""
-
-    block_id: str
-    share_used: float
-    share_asked: float
+    rows: tuple[LedgerRow, ...]
+    accounts: Mapping[str, Account]
 
 
 class Ledger:
-    """The ledger of all streams of a workspace.
+    """The ledger of all streams of a workspace. Safe to use from several threads and processes at once.
 
     Args:
         url: SQLAlchemy URL, `sqlite:///FILE` or `postgresql+psycopg://...`.
 
     Raises:
-        LedgerError: the database cannot be opened.
+        LedgerError: the database cannot be opened, now or at any later call.
     """
 
     def __init__(self, url: str) -> None:
@@ -102,25 +64,26 @@ class Ledger:
         """
         text = canonical(dict(frozen_policy)).decode("utf-8")
         Policy.from_frozen(frozen_policy)
-        with self._engine.begin() as db:
-            tables.lock(db)
-            known = db.execute(sa.select(tables.blocks).where(tables.blocks.c.block_id == block_id)).one_or_none()
-            if known is None:
-                db.execute(sa.insert(tables.blocks).values(block_id=block_id, stream=stream, policy=text))
-            elif (known.stream, known.policy) != (stream, text):
-                raise LedgerConflict(
-                    f"block={block_id}: is known with another policy or stream; a sealed policy never changes"
-                )
+        # Asked for every block before every round; nearly always the answer is there to be read.
+        with tables.reading(self._engine) as db:
+            if self._agrees_on_block(db, stream, block_id, text):
+                return
+        with tables.writing(self._engine) as db:
+            if self._agrees_on_block(db, stream, block_id, text):
+                return
+            seq, before = _head(db, tables.blocks)
+            row = BlockRow(seq + 1, block_id, stream, text, before)
+            db.execute(sa.insert(tables.blocks).values(**asdict(replace(row, hash=hash_of(row)))))
 
     def knows(self, block_id: str) -> bool:
         """Whether the block was registered."""
-        with self._engine.begin() as db:
-            return self._policies(db, [block_id]).get(block_id) is not None
+        with tables.reading(self._engine) as db:
+            return block_id in accounts.read(db, [block_id])
 
     def blocks(self, stream: str) -> list[str]:
         """Ids of a stream's registered blocks, in order of id."""
         query = sa.select(tables.blocks.c.block_id).where(tables.blocks.c.stream == stream)
-        with self._engine.begin() as db:
+        with tables.reading(self._engine) as db:
             return sorted(str(name) for name in db.execute(query).scalars())
 
     def policy(self, block_id: str) -> Policy:
@@ -129,8 +92,7 @@ class Ledger:
         Raises:
             LedgerError: the block is unknown.
         """
-        with self._engine.begin() as db:
-            return self._known_policies(db, [block_id])[block_id]
+        return self._account(block_id).policy
 
     # -- rounds ---------------------------------------------------------------------------------------------------
 
@@ -147,19 +109,23 @@ class Ledger:
 
         Raises:
             BudgetExceeded: a block has no order left that can pay; the message names blocks, shares and choices.
-            LedgerConflict: the attempt is known with another plan, or was cancelled.
-            LedgerError: no charges, a block twice, or an unknown block.
+            LedgerConflict: the attempt is known with another plan or other charges, or was cancelled.
+            LedgerError: no charges, a block twice, unknown, or of another stream, or blocks that cannot pay together.
         """
         names = [charge.block_id for charge in charges]
         if not names or len(set(names)) != len(names):
             raise LedgerError(f"round={round_id}: must charge at least one block, each once; charged: {names}")
-        with self._engine.begin() as db:
-            tables.lock(db)
-            row = self._latest(db, round_id, attempt)
-            if row is not None:
-                self._agree(row, plan_hash, ("reserved", "started", "committed"))
-                return row
-            missing = self._shortfalls(db, charges)
+        if noise_source not in {"system", "test"}:
+            raise LedgerError(f"noise_source={noise_source}: must be system or test")
+        with tables.writing(self._engine) as db:
+            known = self._attempt(db, round_id, attempt)
+            if known:
+                _agree(known[-1], plan_hash, ("reserved", "started", "committed"))
+                first = known[0]
+                if (first.stream, first.charges, first.noise_source) != (stream, tuple(charges), noise_source):
+                    raise LedgerConflict(f"round={round_id} attempt={attempt}: has other charges; use attempt+1")
+                return known[-1]
+            missing = accounts.shortfalls(db, charges, stream)
             if missing:
                 raise BudgetExceeded(_explain(round_id, missing))
             return self._append(db, stream, round_id, attempt, "reserved", plan_hash, noise_source, "", tuple(charges))
@@ -189,48 +155,52 @@ class Ledger:
         return self._step(round_id, attempt, plan_hash, "cancelled", "")
 
     def shortfalls(self, charges: Sequence[Charge]) -> list[Shortfall]:
-        """Which blocks could not pay these charges now. Nothing is written."""
-        with self._engine.begin() as db:
-            return self._shortfalls(db, charges)
+        """Which blocks could not pay these charges now. Nothing is written.
+
+        Raises:
+            LedgerError: a block is unknown, or the blocks cannot pay together.
+        """
+        with tables.reading(self._engine) as db:
+            return accounts.shortfalls(db, charges)
 
     def spent(self, block_id: str) -> tuple[float, ...]:
         """RDP spent by a block at each order of its grid, nats, summed in the order of the rows."""
-        with self._engine.begin() as db:
-            policy = self._known_policies(db, [block_id])[block_id]
-            return self._spent(db, {block_id: policy})[block_id]
+        return self._account(block_id).spent
 
     def share_used(self, block_id: str) -> float:
         """Share of the block's filter used, in [0, 1]."""
-        with self._engine.begin() as db:
-            policy = self._known_policies(db, [block_id])[block_id]
-            return accounting.share_used(self._spent(db, {block_id: policy})[block_id], policy.caps)
+        return self._account(block_id).share_used
 
     # -- the chain ------------------------------------------------------------------------------------------------
 
     def rows(self, stream: str | None = None) -> list[LedgerRow]:
         """All rows, or one stream's, oldest first."""
-        with self._engine.begin() as db:
-            return self._rows(db, None if stream is None else tables.ledger.c.stream == stream)
+        with tables.reading(self._engine) as db:
+            return chain.read_rows(db, None if stream is None else tables.ledger.c.stream == stream)
+
+    def snapshot(self, stream: str) -> Snapshot:
+        """Rows and accounts of a stream from one consistent view: nothing is half-way between them."""
+        query = sa.select(tables.blocks.c.block_id).where(tables.blocks.c.stream == stream)
+        with tables.reading(self._engine) as db:
+            names = list(db.execute(query.order_by(tables.blocks.c.seq)).scalars())
+            found = accounts.read(db, names)
+            rows = chain.read_rows(db, tables.ledger.c.stream == stream)
+        return Snapshot(tuple(rows), {name: found[name] for name in names})
 
     def head(self) -> str:
         """Hash of the newest row; 64 zeros for an empty ledger."""
-        with self._engine.begin() as db:
-            return self._head(db)[1]
+        with tables.reading(self._engine) as db:
+            return _head(db, tables.ledger)[1]
 
     def verify_chain(self) -> int:
-        """Recompute every hash; returns the number of rows.
+        """Recompute every hash of rounds and blocks; returns the number of the rounds' rows.
 
         Raises:
             LedgerBroken: names the first row that does not match.
         """
-        before = GENESIS
-        rows = self.rows()
-        for expected, row in enumerate(rows, start=1):
-            if row.seq != expected:
-                raise LedgerBroken(f"ledger row {expected} is missing: the next one is {row.seq}")
-            if row.prev_hash != before or row.computed_hash() != row.hash:
-                raise LedgerBroken(f"ledger row {row.seq} ({row.round_id}, {row.state}): its hash does not match")
-            before = row.hash
+        with tables.reading(self._engine) as db:
+            blocks, rows = chain.read_blocks(db), chain.read_rows(db)
+        chain.verify(blocks, rows)
         return len(rows)
 
     def require_head(self, head: str) -> None:
@@ -239,7 +209,7 @@ class Ledger:
         Raises:
             LedgerBehindReceipt: it is not: an older backup was restored, and what was spent since is unknown.
         """
-        with self._engine.begin() as db:
+        with tables.reading(self._engine) as db:
             found = db.execute(sa.select(tables.ledger.c.seq).where(tables.ledger.c.hash == head)).scalar()
         if found is None and head != GENESIS:
             raise LedgerBehindReceipt(
@@ -249,34 +219,43 @@ class Ledger:
 
     # -- inside one transaction -----------------------------------------------------------------------------------
 
+    def _account(self, block_id: str) -> Account:
+        with tables.reading(self._engine) as db:
+            return accounts.require(db, [block_id])[block_id]
+
+    @staticmethod
+    def _agrees_on_block(db: sa.Connection, stream: str, block_id: str, text: str) -> bool:
+        known = db.execute(sa.select(tables.blocks).where(tables.blocks.c.block_id == block_id)).one_or_none()
+        if known is not None and (known.stream, known.policy) != (stream, text):
+            raise LedgerConflict(
+                f"block={block_id}: is known with another policy or stream; a sealed policy never changes"
+            )
+        return known is not None
+
+    @staticmethod
+    def _attempt(db: sa.Connection, round_id: str, attempt: int) -> list[LedgerRow]:
+        """Rows of one attempt, oldest first."""
+        mine = sa.and_(tables.ledger.c.round_id == round_id, tables.ledger.c.attempt == attempt)
+        return chain.read_rows(db, mine)
+
     def _step(self, round_id: str, attempt: int, plan_hash: str, state: State, adapter_sha256: str) -> LedgerRow:
-        with self._engine.begin() as db:
-            tables.lock(db)
-            row = self._latest(db, round_id, attempt)
-            if row is None:
+        with tables.writing(self._engine) as db:
+            known = self._attempt(db, round_id, attempt)
+            if not known:
                 raise LedgerConflict(f"round={round_id} attempt={attempt}: was never reserved; reserve it first")
+            row = known[-1]
             if row.state == state:
-                self._agree(row, plan_hash, (state,))
+                _agree(row, plan_hash, (state,))
                 if row.adapter_sha256 != adapter_sha256:
                     raise LedgerConflict(f"round={round_id} attempt={attempt}: committed with another adapter already")
                 return row
-            self._agree(row, plan_hash, (_FOLLOWS[state],))
+            _agree(row, plan_hash, (_FOLLOWS[state],))
             return self._append(
                 db, row.stream, round_id, attempt, state, plan_hash, row.noise_source, adapter_sha256, ()
             )
 
     @staticmethod
-    def _agree(row: LedgerRow, plan_hash: str, states: Sequence[str]) -> None:
-        name = f"round={row.round_id} attempt={row.attempt}"
-        if row.plan_hash != plan_hash:
-            raise LedgerConflict(
-                f"{name}: plan_hash={plan_hash[:16]} but the ledger has {row.plan_hash[:16]}; use attempt+1"
-            )
-        if row.state not in states:
-            raise LedgerConflict(f"{name}: is {row.state}; must be {' or '.join(states)}")
-
     def _append(
-        self,
         db: sa.Connection,
         stream: str,
         round_id: str,
@@ -287,94 +266,43 @@ class Ledger:
         adapter_sha256: str,
         charges: tuple[Charge, ...],
     ) -> LedgerRow:
-        seq, before = self._head(db)
-        at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        fields = (
-            seq + 1,
-            stream,
-            round_id,
-            attempt,
-            state,
-            plan_hash,
-            noise_source,
-            adapter_sha256,
-            at,
-            charges,
-            before,
+        seq, before = _head(db, tables.ledger)
+        row = LedgerRow(
+            seq=seq + 1,
+            stream=stream,
+            round_id=round_id,
+            attempt=attempt,
+            state=state,
+            plan_hash=plan_hash,
+            noise_source=noise_source,
+            adapter_sha256=adapter_sha256,
+            at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            charges=charges,
+            blocks_head=_head(db, tables.blocks)[1],
+            prev_hash=before,
         )
-        row = LedgerRow(*fields, hash=LedgerRow(*fields, hash="").computed_hash())
-        values = {k: v for k, v in asdict(row).items() if k != "charges"}
-        db.execute(sa.insert(tables.ledger).values(**values))
-        for position, charge in enumerate(charges):
-            db.execute(sa.insert(tables.charges).values(seq=row.seq, position=position, **asdict(charge)))
+        row = replace(row, hash=hash_of(row))
+        db.execute(sa.insert(tables.ledger).values(**{k: v for k, v in asdict(row).items() if k != "charges"}))
+        if charges:
+            beside = [{"seq": row.seq, "position": at, **asdict(charge)} for at, charge in enumerate(charges)]
+            db.execute(sa.insert(tables.charges), beside)
         return row
 
-    @staticmethod
-    def _head(db: sa.Connection) -> tuple[int, str]:
-        newest = sa.select(tables.ledger.c.seq, tables.ledger.c.hash).order_by(tables.ledger.c.seq.desc()).limit(1)
-        found = db.execute(newest).one_or_none()
-        return (0, GENESIS) if found is None else (int(found.seq), str(found.hash))
 
-    def _latest(self, db: sa.Connection, round_id: str, attempt: int) -> LedgerRow | None:
-        rows = self._rows(db, sa.and_(tables.ledger.c.round_id == round_id, tables.ledger.c.attempt == attempt))
-        return rows[-1] if rows else None
+def _head(db: sa.Connection, table: sa.Table) -> tuple[int, str]:
+    newest = sa.select(table.c.seq, table.c.hash).order_by(table.c.seq.desc()).limit(1)
+    found = db.execute(newest).one_or_none()
+    return (0, GENESIS) if found is None else (int(found.seq), str(found.hash))
 
-    @staticmethod
-    def _rows(db: sa.Connection, where: sa.ColumnElement[bool] | None) -> list[LedgerRow]:
-        query = sa.select(tables.ledger).order_by(tables.ledger.c.seq)
-        beside = sa.select(tables.charges).order_by(tables.charges.c.seq, tables.charges.c.position)
-        if where is not None:
-            query = query.where(where)
-            beside = beside.join(tables.ledger, tables.ledger.c.seq == tables.charges.c.seq).where(where)
-        charged: dict[int, list[Charge]] = {}
-        for entry in db.execute(beside):
-            charged.setdefault(entry.seq, []).append(Charge(entry.block_id, entry.q, entry.sigma, entry.steps))
-        return [LedgerRow(**row._asdict(), charges=tuple(charged.get(row.seq, ()))) for row in db.execute(query)]
 
-    @staticmethod
-    def _policies(db: sa.Connection, names: Iterable[str]) -> dict[str, Policy]:
-        query = sa.select(tables.blocks).where(tables.blocks.c.block_id.in_(list(names)))
-        return {row.block_id: Policy.from_frozen(json.loads(row.policy)) for row in db.execute(query)}
-
-    def _known_policies(self, db: sa.Connection, names: Sequence[str]) -> dict[str, Policy]:
-        found = self._policies(db, names)
-        missing = [name for name in names if name not in found]
-        if missing:
-            raise LedgerError(f"block={', '.join(missing)}: unknown to the ledger; is it sealed and committed?")
-        return found
-
-    def _spent(self, db: sa.Connection, policies: Mapping[str, Policy]) -> dict[str, tuple[float, ...]]:
-        cancelled = sa.alias(tables.ledger)
-        released = sa.exists().where(
-            cancelled.c.round_id == tables.ledger.c.round_id,
-            cancelled.c.attempt == tables.ledger.c.attempt,
-            cancelled.c.state == "cancelled",
+def _agree(row: LedgerRow, plan_hash: str, states: Sequence[str]) -> None:
+    name = f"round={row.round_id} attempt={row.attempt}"
+    if row.plan_hash != plan_hash:
+        raise LedgerConflict(
+            f"{name}: plan_hash={plan_hash[:16]} but the ledger has {row.plan_hash[:16]}; use attempt+1"
         )
-        query = (
-            sa.select(tables.charges)
-            .join(tables.ledger, tables.ledger.c.seq == tables.charges.c.seq)
-            .where(tables.charges.c.block_id.in_(list(policies)), ~released)
-            .order_by(tables.charges.c.seq, tables.charges.c.position)
-        )
-        total = {name: (0.0,) * len(policy.orders) for name, policy in policies.items()}
-        for row in db.execute(query):
-            rho = accounting.rdp(row.q, row.sigma, row.steps, policies[row.block_id].orders)
-            total[row.block_id] = tuple(s + r for s, r in zip(total[row.block_id], rho, strict=True))
-        return total
-
-    def _shortfalls(self, db: sa.Connection, charges: Sequence[Charge]) -> list[Shortfall]:
-        policies = self._known_policies(db, [charge.block_id for charge in charges])
-        spent = self._spent(db, policies)
-        found = []
-        for charge in charges:
-            policy, before = policies[charge.block_id], spent[charge.block_id]
-            rho = accounting.rdp(charge.q, charge.sigma, charge.steps, policy.orders)
-            if not accounting.fits(before, rho, policy.caps):
-                after = tuple(s + r for s, r in zip(before, rho, strict=True))
-                used = accounting.share_used(before, policy.caps)
-                asked = accounting.share_used(after, policy.caps) - used
-                found.append(Shortfall(charge.block_id, used, asked))
-        return found
+    if row.state not in states:
+        raise LedgerConflict(f"{name}: is {row.state}; must be {' or '.join(states)}")
 
 
 def _explain(round_id: str, missing: Sequence[Shortfall]) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -29,6 +29,9 @@ _UNIT = 2.0**-53
 # Each normal is the scaled sum of this many: an attacker who searches floating-point gaps of one Box-Muller sample
 # (Mironov 2012) must then solve for all summands at once (Holohan, Braghin 2021).
 SUMMANDS = 4
+# Normals made at a time: their uniforms stay in the cache, and memory does not grow with n. It is a part of what the
+# stream is: another value is another stream.
+CHUNK = 8_192
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,7 @@ class RoundKey:
             out.write(key.secret)
             out.flush()
             os.fsync(out.fileno())
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync_folder(path.parent)
         return key
 
     @classmethod
@@ -76,8 +75,9 @@ class RoundKey:
             raise RandomnessError(f"{path}: the round key is gone; only a new attempt is possible") from None
         if mode & 0o077:
             raise RandomnessError(f"{path}: mode {mode:04o} lets others read it; must be 0600; start a new attempt")
-        if len(secret) != KEY_BYTES:
-            raise RandomnessError(f"{path}: {len(secret)} bytes, must be {KEY_BYTES}; start a new attempt")
+        # All zeros is what a crash in the middle of `destroy` leaves: a key that everybody knows.
+        if len(secret) != KEY_BYTES or not any(secret):
+            raise RandomnessError(f"{path}: holds no {KEY_BYTES}-byte key any more; start a new attempt")
         return cls(secret)
 
     @staticmethod
@@ -90,6 +90,7 @@ class RoundKey:
             out.flush()
             os.fsync(out.fileno())
         path.unlink()
+        _sync_folder(path.parent)
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ class TestKey:
 
     __test__ = False  # pytest: this is no test class
     seed: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 128:
+            raise RandomnessError(f"seed={self.seed}: must be a whole number in [0, 2^128)")
 
     @property
     def secret(self) -> bytes:
@@ -118,29 +123,50 @@ class KeyedStream:
         self._secret = key.secret
         self._info = canonical({"context": dict(context), "step": step})
 
-    def _words(self, count: int, purpose: str) -> NDArray[np.uint64]:
-        derived = _derive(self._secret, self._info + b"|" + purpose.encode("utf-8"))
-        # The key is used for this one stream, so a constant nonce repeats nothing.
-        keystream = Cipher(ChaCha20(derived, bytes(16)), mode=None).encryptor().update(bytes(8 * count))
-        return np.frombuffer(keystream, dtype="<u8")
-
     def uniforms(self, n: int, purpose: str = "draw") -> NDArray[np.float64]:
-        """`(n,)` uniforms in [0, 1); the same n, purpose, step and key give the same values, bit for bit."""
-        return (self._words(n, purpose) >> _SHIFT).astype(np.float64) * _UNIT
+        """`(n,)` uniforms in [0, 1); fewer asked are a prefix of more, bit for bit, for one purpose, step and key."""
+        return _uniforms(self._keystream(purpose), n)
 
     def gaussians(self, n: int, purpose: str = "noise") -> NDArray[np.float64]:
-        """`(n,)` independent standard normals (Box-Muller, each the scaled sum of four)."""
-        pairs = (n + 1) // 2
-        uniforms = self.uniforms(2 * pairs * SUMMANDS, purpose).reshape(SUMMANDS, 2, pairs)
-        total = np.zeros(2 * pairs)
-        for first, second in uniforms:
-            radius = np.sqrt(-2.0 * np.log1p(-first))  # 1 - u is in (0, 1], so the logarithm is finite
-            angle = 2.0 * np.pi * second
-            total[:pairs] += radius * np.cos(angle)
-            total[pairs:] += radius * np.sin(angle)
-        normals: NDArray[np.float64] = total[:n] / np.sqrt(SUMMANDS)
+        """`(n,)` independent standard normals, each the scaled sum of four Box-Muller samples; prefixes as above."""
+        normals = np.empty(n)
+        keystream = self._keystream(purpose)
+        for first in range(0, n, CHUNK):
+            part = normals[first : first + CHUNK]
+            part[:] = _gaussians(_uniforms(keystream, CHUNK * SUMMANDS))[: len(part)]
         return normals
+
+    def _keystream(self, purpose: str) -> CipherContext:
+        derived = _derive(self._secret, self._info + b"|" + purpose.encode("utf-8"))
+        # The key is used for this one stream, so a constant nonce repeats nothing.
+        return Cipher(ChaCha20(derived, bytes(16)), mode=None).encryptor()
+
+
+def _uniforms(keystream: CipherContext, n: int) -> NDArray[np.float64]:
+    words = np.frombuffer(keystream.update(bytes(8 * n)), dtype="<u8")
+    return (words >> _SHIFT).astype(np.float64) * _UNIT
+
+
+def _gaussians(uniforms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(SUMMANDS * n,) uniforms, n even, to (n,) standard normals."""
+    radii, angles = uniforms.reshape(2, SUMMANDS, -1)
+    np.log1p(-radii, out=radii)  # 1 - u is in (0, 1], so the logarithm is finite
+    radii *= -2.0
+    np.sqrt(radii, out=radii)
+    angles *= 2.0 * np.pi
+    cosines = (radii * np.cos(angles)).sum(axis=0)
+    sines = (radii * np.sin(angles)).sum(axis=0)
+    normals: NDArray[np.float64] = np.concatenate((cosines, sines)) / np.sqrt(SUMMANDS)
+    return normals
 
 
 def _derive(secret: bytes, info: bytes) -> bytes:
     return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=info).derive(secret)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,7 +1,14 @@
-"""The ledger's tables, and opening a database so that what is committed survives a power cut."""
+"""The ledger's tables, and a database in which what is committed survives a power cut.
+
+The only file that knows which database it is. SQLite stays with its rollback journal and `synchronous=EXTRA`: one file
+to back up, and the folder is synced after the journal is deleted. (With FULL a power cut just after a commit may bring
+the journal back and undo the commit: https://www.sqlite.org/pragma.html#pragma_synchronous.)
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,33 +16,35 @@ import sqlalchemy as sa
 
 from privacy.errors import LedgerError
 
-SCHEMA_HEAD = "0001"
+SCHEMA = "0001_chained"
 # A learner, an ingest process and an audit share one SQLite file; each transaction lasts milliseconds.
 BUSY_SECONDS = 30.0
+# Any constant will do, if no other program on the same PostgreSQL database takes this advisory lock.
+_MIGRATION_LOCK = 7236112
 
 metadata = sa.MetaData()
 blocks = sa.Table(
     "blocks",
     metadata,
-    sa.Column("block_id", sa.String),
-    sa.Column("stream", sa.String),
-    sa.Column("policy", sa.Text),
+    sa.Column("seq", sa.Integer),
+    *(sa.Column(name, sa.String) for name in ("block_id", "stream", "policy", "prev_hash", "hash")),
 )
 ledger = sa.Table(
     "ledger",
     metadata,
     sa.Column("seq", sa.Integer),
+    sa.Column("stream", sa.String),
+    sa.Column("round_id", sa.String),
+    sa.Column("attempt", sa.Integer),
     *(
-        sa.Column(name, sa.Integer if name == "attempt" else sa.String)
+        sa.Column(name, sa.String)
         for name in (
-            "stream",
-            "round_id",
-            "attempt",
             "state",
             "plan_hash",
             "noise_source",
             "adapter_sha256",
             "at",
+            "blocks_head",
             "prev_hash",
             "hash",
         )
@@ -54,25 +63,63 @@ charges = sa.Table(
 
 
 def open_database(url: str) -> sa.Engine:
-    """An engine whose transactions are serialised from their first statement, with the schema brought up to date.
+    """An engine on a database whose schema has been brought up to date.
 
     Raises:
-        LedgerError: the URL is wrong, the database does not answer, or its schema is newer than this code.
+        LedgerError: the URL is wrong, the database does not answer, or its schema is not known to this code.
     """
     try:
-        engine = sa.create_engine(url, pool_pre_ping=True)
+        name = sa.make_url(url).get_backend_name()
+        # PostgreSQL: several queries of one transaction must see one state, or an audit meets half of a round.
+        isolation = {"isolation_level": "REPEATABLE READ"} if name == "postgresql" else {}
+        engine = sa.create_engine(url, pool_pre_ping=True, **isolation)
     except (sa.exc.ArgumentError, ImportError) as error:
-        raise LedgerError(
-            f"ledger url={_safe(url)}: {' '.join(str(error).split())[:200]}; see service.ledger.url"
-        ) from None
-    if engine.dialect.name == "sqlite":
-        sa.event.listen(engine, "connect", _durable)
-        sa.event.listen(engine, "begin", _begin)
-    try:
+        reason = " ".join(str(error).split())[:200]
+        raise LedgerError(f"ledger url={_safe(url)}: {reason}; see service.ledger.url") from None
+    sa.event.listen(engine, "connect", _prepare_sqlite if name == "sqlite" else _prepare_server)
+    if name == "sqlite":
+        sa.event.listen(engine, "begin", _begin_sqlite)
+    with _translated(engine):
         _migrate(engine)
-    except sa.exc.OperationalError as error:
-        raise LedgerError(f"ledger url={_safe(url)}: cannot be opened ({error.orig}); see service.ledger.url") from None
     return engine
+
+
+@contextmanager
+def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """One consistent view of the database. Needs no right to write.
+
+    Raises:
+        LedgerError: the database does not answer, or holds what is no text.
+    """
+    with _translated(engine), engine.connect() as connection, connection.begin():
+        yield connection
+
+
+@contextmanager
+def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A transaction that keeps every other writer out from before its first read until it is durable.
+
+    Raises:
+        LedgerError: the database does not answer. Whether the transaction took place is then unknown: ask again, every
+            operation of the ledger is idempotent.
+    """
+    with _translated(engine), engine.connect() as connection:
+        connection = connection.execution_options(tidegate_writes=True)  # noqa: PLW2901 - the same connection
+        with connection.begin():
+            if connection.dialect.name == "postgresql":
+                # Before the first SELECT, so that the snapshot is taken when the lock is held.
+                connection.exec_driver_sql("LOCK TABLE ledger IN EXCLUSIVE MODE")
+            yield connection
+
+
+@contextmanager
+def _translated(engine: sa.Engine) -> Iterator[None]:
+    try:
+        yield
+    except sa.exc.SQLAlchemyError as error:
+        reason = " ".join(str(getattr(error, "orig", None) or error).split())[:200]
+        name = engine.url.render_as_string(hide_password=True)
+        raise LedgerError(f"ledger url={name}: {reason}; see service.ledger.url, then ask again") from error
 
 
 def _safe(url: str) -> str:
@@ -83,45 +130,56 @@ def _safe(url: str) -> str:
         return "(unreadable)"
 
 
-def _durable(connection: Any, _record: Any) -> None:
-    # The driver must not begin transactions by itself: `_begin` takes the write lock before the first read.
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    # The driver must not begin transactions by itself: `_begin_sqlite` takes the write lock before the first read.
     connection.isolation_level = None
-    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA synchronous=EXTRA")
     connection.execute("PRAGMA foreign_keys=ON")
     connection.execute(f"PRAGMA busy_timeout={int(BUSY_SECONDS * 1000)}")
 
 
-def _begin(connection: sa.Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+def _prepare_server(connection: Any, _record: Any) -> None:
+    # A database that was tuned for speed must still not lose what was charged.
+    connection.execute("SET synchronous_commit = on")
+    connection.commit()
 
 
-def lock(connection: sa.Connection) -> None:
-    """Keep other writers out until the transaction ends; SQLite's BEGIN IMMEDIATE has done so already."""
-    if connection.dialect.name == "postgresql":
-        connection.exec_driver_sql("LOCK TABLE ledger IN EXCLUSIVE MODE")
-
-
-def _version(connection: sa.Connection) -> str | None:
-    if not sa.inspect(connection).has_table("alembic_version"):
-        return None
-    found: str | None = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
-    return found
+def _begin_sqlite(connection: sa.Connection) -> None:
+    writes = connection.get_execution_options().get("tidegate_writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 def _migrate(engine: sa.Engine) -> None:
-    with engine.begin() as connection:
-        if connection.dialect.name == "postgresql":
-            # Two first starts at once: the second waits here and then finds the schema made.
-            connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7236112)")
-        found = _version(connection)
-        if found == SCHEMA_HEAD:
+    with engine.connect() as connection, connection.begin():
+        if _is_current(connection):
             return
-        if found is not None and found > SCHEMA_HEAD:
-            raise LedgerError(f"ledger schema={found}: this code knows up to {SCHEMA_HEAD}; use a newer Tidegate")
-        from alembic import command
-        from alembic.config import Config
+    with engine.connect() as connection:
+        # READ COMMITTED: two first starts at once, and the second, once it has the lock, finds the schema made.
+        options = {"isolation_level": "READ COMMITTED"} if engine.dialect.name == "postgresql" else {}
+        connection = connection.execution_options(tidegate_writes=True, **options)  # noqa: PLW2901
+        with connection.begin():
+            if engine.dialect.name == "postgresql":
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
+            if not _is_current(connection):
+                _upgrade(connection)
 
-        config = Config()
-        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+
+def _is_current(connection: sa.Connection) -> bool:
+    """Whether the schema is the newest; False where there is none yet."""
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return False
+    found = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+    # An older schema of a released version would be known here, and upgraded. So far there is one.
+    if found != SCHEMA:
+        raise LedgerError(f"ledger schema={found}: must be {SCHEMA}; open it with the Tidegate that wrote it")
+    return True
+
+
+def _upgrade(connection: sa.Connection) -> None:
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
