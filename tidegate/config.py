@@ -113,7 +113,7 @@ class LoraConfig(_Section):
     """peft's LoRA settings; `layers` counts from the top (0: all)."""
 
     r: Annotated[int, Field(ge=1, le=512)] = 16
-    alpha: Annotated[float, Field(gt=0)] = 16.0
+    alpha: Annotated[float, Field(gt=0)] = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     layers: Annotated[int, Field(ge=0)] = 6

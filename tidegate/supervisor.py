@@ -78,8 +78,8 @@ class Supervisor:
 
     def _follow(self, part: Part, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None  # noqa: S101 - PIPE was asked for
-        with part.log.open("a", encoding="utf-8") as log:
-            for line in process.stdout:
+        with process.stdout as lines, part.log.open("a", encoding="utf-8") as log:
+            for line in lines:
                 log.write(line)
                 log.flush()
                 if text := readable(line):
