@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privacy import accounting
@@ -21,6 +21,52 @@ def test_rdp_equals_opacus(q, sigma, steps):
 
     theirs = compute_rdp(q=q, noise_multiplier=sigma, steps=steps, orders=list(ORDERS))
     assert accounting.rdp(q, sigma, steps, ORDERS) == pytest.approx(list(theirs), rel=1e-9, abs=1e-13)
+
+
+@pytest.mark.parametrize(("q", "sigma", "steps"), MECHANISMS)
+def test_rdp_equals_dp_accounting(q, sigma, steps):
+    import dp_accounting
+    from dp_accounting.rdp import RdpAccountant
+
+    accountant = RdpAccountant(list(ORDERS))
+    accountant.compose(dp_accounting.PoissonSampledDpEvent(q, dp_accounting.GaussianDpEvent(sigma)), steps)
+    assert accounting.rdp(q, sigma, steps, ORDERS) == pytest.approx(list(accountant._rdp), rel=1e-9, abs=1e-13)
+
+
+@pytest.mark.parametrize("q", [1e-12, 1e-8, 1e-3, 0.25, 0.999, 1.0])
+@pytest.mark.parametrize("sigma", [0.05, 0.7, 2.2, 30.0, 1000.0])
+def test_rdp_equals_the_sum_taken_in_eighty_digits(q, sigma):
+    # Where q is tiny, double precision cannot hold the sum itself, only its distance from one.
+    import mpmath as mp
+
+    with mp.workdps(80):
+        for order in ORDERS:
+            p, s = mp.mpf(q), mp.mpf(sigma)
+            terms = (
+                mp.binomial(order, k) * (1 - p) ** (order - k) * p**k * mp.exp(mp.mpf(k * (k - 1)) / (2 * s * s))
+                for k in range(order + 1)
+            )
+            exact = mp.log(mp.fsum(terms)) / (order - 1)
+            assert accounting.rdp(q, sigma, 1, (order,))[0] == pytest.approx(float(exact), rel=1e-13)
+
+
+def test_extreme_noise_is_a_number():
+    assert accounting.rdp(0.0, 1.0, 5, ORDERS) == (0.0,) * len(ORDERS)
+    assert accounting.rdp(0.5, 1e-200, 1, ORDERS) == (math.inf,) * len(ORDERS)
+    assert accounting.rdp(0.5, 1e200, 1, ORDERS) == (0.0,) * len(ORDERS)
+
+
+@pytest.mark.parametrize(("q", "sigma", "steps"), MECHANISMS)
+def test_epsilon_equals_opacus(q, sigma, steps):
+    from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
+
+    theirs, order = get_privacy_spent(
+        orders=list(ORDERS), rdp=compute_rdp(q=q, noise_multiplier=sigma, steps=steps, orders=list(ORDERS)), delta=1e-5
+    )
+    assert accounting.epsilon_from_rdp(accounting.rdp(q, sigma, steps, ORDERS), ORDERS, 1e-5) == (
+        pytest.approx(theirs, rel=1e-9),
+        order,
+    )
 
 
 @pytest.mark.parametrize(("q", "sigma", "steps"), MECHANISMS)
@@ -50,6 +96,52 @@ def test_more_noise_never_costs_more(q, sigma, steps):
     assert all(0 <= a <= b for a, b in zip(less, more, strict=True))
 
 
+ROUND = st.tuples(st.floats(0.0, 1.0), st.floats(0.2, 30.0), st.integers(1, 100))
+
+
+@settings(max_examples=200, deadline=None)
+@given(rounds=st.lists(ROUND, max_size=30), epsilon=st.floats(0.5, 20), delta=st.sampled_from([1e-9, 1e-5, 1e-3]))
+def test_the_filter_never_lets_a_block_pass_its_cap(rounds, epsilon, delta):
+    policy = Policy("record", epsilon, delta)
+    spent, share = (0.0,) * len(policy.orders), 0.0
+    for q, sigma, steps in rounds:
+        rho = accounting.rdp(q, sigma, steps, policy.orders)
+        if not accounting.fits(spent, rho, policy.caps):
+            continue
+        spent = tuple(s + r for s, r in zip(spent, rho, strict=True))
+        # The order that fits has been within its cap in every round before: its own filter admitted the whole history.
+        within = [a for a, s, c in zip(policy.orders, spent, policy.caps, strict=True) if c > 0 and s <= c]
+        assert within
+        at_best = [(s,) for a, s in zip(policy.orders, spent, strict=True) if a == within[0]]
+        sealed, _ = accounting.epsilon_from_rdp(at_best[0], within[:1], delta / len(policy.orders))
+        assert sealed <= epsilon * (1 + 1e-12)
+        assert share <= accounting.share_used(spent, policy.caps) <= 1.0
+        share = accounting.share_used(spent, policy.caps)
+
+
+@pytest.mark.parametrize("steps", [1, 30, 400])
+@pytest.mark.parametrize("epsilon", [1.0, 8.0])
+def test_a_block_can_be_new_as_often_as_promised_and_is_then_replayed(epsilon, steps):
+    policy = Policy("record", epsilon, 1e-5)
+    spent = zeros = (0.0,) * len(policy.orders)
+    sigma = accounting.calibrate([(0.25, zeros, policy.new_bounds, policy.orders)], steps)
+    new, replay = (accounting.rdp(q, sigma, steps, policy.orders) for q in (0.25, 0.025))
+    for rho in [new] * policy.attempts + [replay] * 4:
+        assert accounting.fits(spent, rho, policy.caps)
+        spent = tuple(s + r for s, r in zip(spent, rho, strict=True))
+
+
+def test_replay_blocks_are_within_what_is_left():
+    policy = Policy("record", 8.0, 1e-5)
+    zeros = (0.0,) * len(policy.orders)
+    spent = accounting.rdp(0.25, 1.6, 30, policy.orders)
+    alone = accounting.calibrate([(0.25, zeros, policy.new_bounds, policy.orders)], 30)
+    demands = [(0.25, zeros, policy.new_bounds, policy.orders), (0.2, spent, policy.caps, policy.orders)]
+    sigma = accounting.calibrate(demands, 30)
+    assert sigma >= alone
+    assert accounting.fits(spent, accounting.rdp(0.2, sigma, 30, policy.orders), policy.caps)
+
+
 def test_calibrated_sigma_is_enough_and_a_thousandth_less_is_not():
     policy = Policy("record", 8.0, 1e-5)
     zeros = (0.0,) * len(policy.orders)
@@ -77,6 +169,10 @@ def test_impossible_mechanisms_are_refused(q, sigma, steps):
     [
         {"epsilon": 0.0},
         {"epsilon": math.inf},
+        {"epsilon": "8"},
+        {"epsilon": True},
+        {"delta": None},
+        {"holdout_share": "much"},
         {"delta": 0.0},
         {"delta": 1.0},
         {"attempts": 0},

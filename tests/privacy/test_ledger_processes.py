@@ -195,7 +195,7 @@ def test_a_file_that_is_no_database_and_an_unknown_schema_are_refused(tmp_path):
         Ledger(f"sqlite:///{file}")
 
 
-def test_a_server_that_restarts_costs_one_error_and_no_charge(postgres_url):
+def test_connections_that_were_cut_cost_nothing(postgres_url):
     import psycopg
 
     ledger = Ledger(postgres_url)
