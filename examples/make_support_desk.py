@@ -19,8 +19,8 @@ from typing import Any
 import phrases
 
 SEED = 20260302
-# 60% of it are 2,000 lines: four whole blocks of 500 offsets.
-STREAM_RECORDS = 3334
+# 60% of it are 3,000 lines: six whole blocks of 500 offsets, enough people for the noise of a first round.
+STREAM_RECORDS = 5000
 FIRST_WORLD = STREAM_RECORDS * 6 // 10
 GATE_RECORDS_PER_LABEL = 40
 USERS = 700
