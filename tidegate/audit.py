@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
+from tidegate.cycle import require_whole_ledger
 from tidegate.planning import register_blocks
 
 if TYPE_CHECKING:
@@ -26,11 +26,7 @@ def examine(service: Service, stream: str | None) -> dict[str, Any]:
         repo = service.repository()
         register_blocks(service, name, repo.pin(name))
     verified = [f"ledger: hash chain of {service.ledger.verify_chain()} rows, head {service.ledger.head()[:16]}"]
-    receipts = 0
-    for file in sorted((service.workspace.root / "rounds").glob("*/receipt.json")):
-        receipt = service.trusted("receipts").verify(json.loads(file.read_text(encoding="utf-8")))
-        service.ledger.require_head(receipt["ledger_head"])
-        receipts += 1
+    receipts = require_whole_ledger(service)
     verified.append(f"receipts: {receipts} signatures, each anchored in the ledger's chain")
     verified.append(
         f"approvals: {service.approvals().verify(service.trusted('approvals'))} signatures and their hash chain"

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+KEY_FILE = "round.key"
+
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, of). Never with a loss, a norm or a draw's size: those are private."""
 
@@ -93,6 +95,7 @@ def run(
     tell = progress or (lambda _what, _done, _of: None)
     service.stream(stream)
     with _only_round(service, stream):
+        require_whole_ledger(service)
         plan = _unfinished(service, stream)
         if plan is None:
             fresh = make_plan(service, stream, tell, test_noise=test_seed is not None)
@@ -163,24 +166,32 @@ def _train(service: Service, plan: RoundPlan, base: Base, tell: Progress) -> Tra
     except ResumeRefused as reason:
         again = plan.model_copy(update={"attempt": plan.attempt + 1, "code_sha256": code_sha256()})
         log.warning("new attempt", stream=plan.stream, round=plan.round_id, attempt=again.attempt, reason=str(reason))
-        shutil.rmtree(service.workspace.checkpoints(plan.round_id, plan.attempt), ignore_errors=True)
+        _discard(service.workspace.checkpoints(plan.round_id, plan.attempt))
         _write(service.workspace.rounds(plan.round_id) / "plan.json", again.as_json())
         return _attempt(service, again, base, tell)
 
 
 def _committed(service: Service, plan: RoundPlan) -> Trained | None:
-    """The outcome of an attempt whose receipt is written already."""
+    """The outcome of a committed attempt; a receipt that a crash kept from being written is made up for."""
+    rows = [r for r in service.ledger.rows(plan.stream) if (r.round_id, r.attempt) == (plan.round_id, plan.attempt)]
+    if not rows or rows[-1].state != "committed":
+        return None
+    sha = rows[-1].adapter_sha256
+    kept = service.workspace.adapters / sha
+    if not kept.is_dir():
+        raise RoundRefused(
+            f"round={plan.round_id} attempt={plan.attempt}: was charged, but adapters/{sha[:16]} is gone; it cannot be "
+            f"trained again: restore it, or remove rounds/{plan.round_id}/ to plan a new round"
+        )
     file = service.workspace.rounds(plan.round_id) / "receipt.json"
     if not file.exists():
-        return None
-    receipt = json.loads(file.read_text(encoding="utf-8"))
-    sha = receipt["adapter_sha256"]
-    return Trained(plan, service.workspace.adapters / sha, sha, receipt)
+        _write(file, _receipt(service, plan, sha))
+    _discard(service.workspace.checkpoints(plan.round_id, plan.attempt))
+    return Trained(plan, kept, sha, json.loads(file.read_text(encoding="utf-8")))
 
 
 def _attempt(service: Service, plan: RoundPlan, base: Base, tell: Progress) -> Trained:
     from learner.round import Speed, run_round
-    from privacy.randomness import RoundKey
 
     ledger = service.ledger
     folder = service.workspace.checkpoints(plan.round_id, plan.attempt)
@@ -193,13 +204,7 @@ def _attempt(service: Service, plan: RoundPlan, base: Base, tell: Progress) -> T
         plan.charges(),
         noise_source=plan.noise_source,
     )
-    key_file = folder / "round.key"
-    if row.state not in {"reserved", "started"}:
-        raise RoundRefused(
-            f"round={plan.round_id} attempt={plan.attempt}: the ledger says {row.state}, but its receipt is gone; "
-            f"it was charged and cannot be trained again: remove rounds/{plan.round_id}/ to plan a new round"
-        )
-    key = _key(service, plan, key_file, fresh=row.state == "reserved")
+    key = _key(service, plan, folder / KEY_FILE, fresh=row.state == "reserved")
     ledger.start(plan.round_id, plan.attempt, plan.plan_hash)
     records = _records(service, plan, tell)
     learner = service.stream(plan.stream).learner
@@ -222,9 +227,32 @@ def _attempt(service: Service, plan: RoundPlan, base: Base, tell: Progress) -> T
     ledger.commit(plan.round_id, plan.attempt, plan.plan_hash, adapter_sha256=output.adapter_sha256)
     receipt = _receipt(service, plan, output.adapter_sha256)
     _write(service.workspace.rounds(plan.round_id) / "receipt.json", receipt)
-    RoundKey.destroy(key_file)
-    shutil.rmtree(folder, ignore_errors=True)
+    _discard(folder)
     return Trained(plan, kept, output.adapter_sha256, receipt)
+
+
+def _discard(folder: Path) -> None:
+    """End an attempt: the key is overwritten first, then everything goes."""
+    from privacy.randomness import RoundKey
+
+    RoundKey.destroy(folder / KEY_FILE)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_whole_ledger(service: Service) -> int:
+    """Insist that the ledger has every row that a receipt of this workspace names; returns how many receipts there are.
+
+    Raises:
+        SignatureError: a receipt was changed.
+        LedgerBehindReceipt: an older backup of the ledger was restored: what was spent since is unknown.
+    """
+    from privacy.receipts import read_receipt
+
+    trusted = service.trusted("receipts")
+    files = sorted((service.workspace.root / "rounds").glob("*/receipt.json"))
+    for file in files:
+        service.ledger.require_head(read_receipt(json.loads(file.read_text(encoding="utf-8")), trusted).ledger_head)
+    return len(files)
 
 
 def _key(service: Service, plan: RoundPlan, file: Path, *, fresh: bool) -> RoundKey | TestKey:

@@ -18,6 +18,8 @@ from tidegate.wiring import open_service
 CLINC = Path(__file__).resolve().parents[3] / "shared" / "data" / "clinc150"
 STREAM = "intents"
 DOMAINS = ("banking", "travel", "work")
+# One token each: a sum of log-likelihoods must not favour the shorter word.
+WORDS = {"banking": "bank", "travel": "travel", "work": "work"}
 # How many of each: skewed, so that even a tiny model learns more than a guess.
 STREAMED = {"banking": 420, "travel": 120, "work": 60}
 FIRST = {"banking": 0, "travel": 7500, "work": 10500}
@@ -34,7 +36,7 @@ def clinc(name):
 def as_domain_task(row):
     """The same utterance, asked for its domain: a task a tiny model can learn."""
     label = row["domain"]
-    return {**row, "schema_version": 1, "label": label, "completion": label}
+    return {**row, "schema_version": 1, "label": label, "completion": WORDS[label]}
 
 
 def stream_rows(offset=0):
@@ -111,11 +113,11 @@ def make_desk(root, base, bootstrap=None, **learner):
     privacy = {**template["privacy"], "epsilon": 50.0, "attempts": 1}
     settings = {
         "expected_batch": 128,
-        "steps": 12,
-        "learning_rate": 0.05,
+        "steps": 20,
+        "learning_rate": 0.03,
         "checkpoint_steps": 2,
         "system": "",
-        "lora": {"r": 8, "alpha": 16, "layers": 0},
+        "lora": {"r": 8, "alpha": 32, "layers": 0},
     }
     params["streams"][STREAM] = {
         **template,

@@ -233,6 +233,14 @@ def test_dvc_repro_verifies_the_private_round(desk, tmp_path):
 
 
 def test_test_noise_is_rebuilt_bit_for_bit_and_never_promoted(desk, tmp_path):
+    # After the rollback the second round's blocks are new again, but their one attempt is spent.
+    refused = desk.run("round", STREAM, check=False)
+    assert refused.returncode == 1
+    assert "have been new in 1 rounds" in refused.stderr
+    before = desk.sealed()
+    file = write_jsonl(desk.root / "run" / "third.jsonl", stream_rows(offset=1000)[:300])
+    desk.run("produce", STREAM, str(file))
+    desk.wait(lambda: desk.sealed() >= before + 300, what="sealing")
     end = desk.json("round", STREAM, "--test-noise", "5")
     assert end["state"] == "failed"
     assert "test noise" in " ".join(end["reasons"])
