@@ -131,7 +131,7 @@ def _with_attempts_left(service: Service, stream: str, fresh: Sequence[Manifest]
         names = ", ".join(m.block_id for m in fresh)
         raise RoundRefused(
             f"stream={stream}: blocks {names} have been new in {fresh[0].policy.attempts} rounds, as many as their "
-            f"sealed policy allows (privacy.attempts), and the live version knows none of them; return to a version that "
+            f"sealed policy allows (privacy.attempts), and the live version knows none; return to one that "
             f"does, or wait for a new block"
         )
     return able
