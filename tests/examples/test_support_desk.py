@@ -48,7 +48,7 @@ def test_stream_is_labelled_in_words_and_three_percent_is_bad(parsed):
     good = [record for record in parsed if isinstance(record, Record)]
     assert len(parsed) == 5000
     assert all(record.completion == record.label.replace("_", " ") for record in good)
-    assert all(6 <= len(record.prompt.split()) <= 30 for record in good)
+    assert all(4 <= len(record.prompt.split()) <= 20 for record in good)
     ids = collections.Counter(record.event_id for record in good)
     bad = len(parsed) - len(ids)
     assert 0.025 < bad / len(parsed) < 0.035
