@@ -61,10 +61,10 @@ class Script:
             TidegateError: it failed.
         """
         done = subprocess.run(
-            tidegate_command(self.root, *arguments, "--json"), check=False, capture_output=True, text=True
+            tidegate_command(self.root, *arguments, "--json"), check=False, stdout=subprocess.PIPE, text=True
         )
         if done.returncode:
-            raise TidegateError(f"demo: `tidegate {shlex.join(arguments)} --json`: {done.stderr.strip()[-500:]}")
+            raise TidegateError(f"demo: `tidegate {shlex.join(arguments)} --json` ended with code {done.returncode}")
         return json.loads(done.stdout)
 
     def wait(self, what: str, done: Callable[[], bool]) -> float:

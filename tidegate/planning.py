@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from ingest.manifest import Manifest
     from learner.plan import BlockAccount, RoundPlan
+    from privacy.ledger import Charge
     from tidegate.wiring import Service
 
 log = structlog.get_logger()
@@ -72,6 +73,7 @@ def make_plan(
         ),
         noise_source="test" if test_noise else "system",
     )
+    will_use = max(_share_after(service, charge) for charge in plan.charges())
     log.info(
         "round planned",
         stream=stream,
@@ -79,6 +81,7 @@ def make_plan(
         blocks=len(plan.blocks),
         sigma=plan.sigma,
         steps=plan.steps,
+        filter_used_after=f"{will_use:.1%}",
     )
     return plan
 
@@ -88,6 +91,16 @@ def _account(service: Service, manifest: Manifest) -> BlockAccount:
 
     policy = manifest.policy.model_dump(mode="json")
     return BlockAccount(manifest.block_id, policy, service.ledger.spent(manifest.block_id))
+
+
+def _share_after(service: Service, charge: Charge) -> float:
+    """Share of a block's filter that is used once it has paid this charge."""
+    from privacy.accounting import rdp, share_used
+
+    policy = service.ledger.policy(charge.block_id)
+    spent = service.ledger.spent(charge.block_id)
+    rho = rdp(charge.q, charge.sigma, charge.steps, policy.orders)
+    return share_used([s + r for s, r in zip(spent, rho, strict=True)], policy.caps)
 
 
 def register_blocks(service: Service, stream: str, revision: str) -> list[Manifest]:

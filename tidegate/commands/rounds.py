@@ -35,7 +35,7 @@ def round(  # noqa: A001 - the command's name
 
     log.configure()
     service = open_service(given)
-    with bar(quiet=quiet or want_json) as tell:
+    with bar(quiet=quiet) as tell:
         end = cycle.run(service, stream, progress=tell, test_seed=test_noise)
     if want_json:
         output.as_json(asdict(end))
