@@ -91,6 +91,9 @@ def register(
         parent=f"version {parent.version}" if parent else "the base model",
         base=base,
     )
+    folder = service.workspace.rounds(plan.round_id)
+    (folder / "report.md").write_text(report, encoding="utf-8")
+    (folder / "verdict.json").write_text(json.dumps(verdict, indent=2, sort_keys=True), encoding="utf-8")
     tags = {
         "state": state,
         "stream": stream,
