@@ -5,7 +5,6 @@ The tests run in order and share one service, as its users do.
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,14 +24,15 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory, tiny, apache_kafka):
+    return make_desk(tmp_path_factory.mktemp("path") / "ws", tiny, apache_kafka.settings.bootstrap)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def running(desk):
     from tidegate.up import start_all
 
-    made = make_desk(tmp_path_factory.mktemp("path") / "ws", tiny, apache_kafka.settings.bootstrap)
-    lines = []
-    supervisor = start_all(made.service(), lines.append, learn=False)
-    stop = threading.Event()
-    yield made
-    stop.set()
+    supervisor = start_all(desk.service(), lambda _line: None, learn=False)
+    yield supervisor
     supervisor.stop()
     assert not [part.name for part in supervisor.parts if part.running]
 
@@ -230,6 +230,16 @@ def test_dvc_repro_verifies_the_private_round(desk, tmp_path):
 
     assert adapter_sha256(clone / "outputs" / "adapter") == named["adapter_sha256"]
     assert (clone / "outputs" / "accuracy.csv").read_text().startswith("domain,accuracy")
+    stored = desk.root / "adapters" / named["adapter_sha256"] / "adapter_model.safetensors"
+    whole = stored.read_bytes()
+    stored.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        done = desk.run("reproduce", "round.json", cwd=clone, check=False)
+        assert done.returncode == 1
+        assert "adapter_sha256=" in done.stderr
+        assert "this is not what the round recorded" in done.stderr
+    finally:
+        stored.write_bytes(whole)
 
 
 def test_test_noise_is_rebuilt_bit_for_bit_and_never_promoted(desk, tmp_path):
@@ -255,26 +265,19 @@ def test_test_noise_is_rebuilt_bit_for_bit_and_never_promoted(desk, tmp_path):
     assert desk.json("audit")["streams"][STREAM]["epsilon"] is None
 
 
-def test_a_corrupt_adapter_changes_nothing(desk):
-    kept = desk.root / "adapters"
-    victim = next(kept.iterdir()) / "adapter_model.safetensors"
-    broken = victim.read_bytes()[:-100]
-    saved = victim.read_bytes()
-    victim.write_bytes(broken)
-    try:
-        clone = desk.root / "run" / "corrupt"
-        subprocess.run(["git", "clone", "-q", str(desk.root / "data"), str(clone)], check=True)
-        assert desk.live() == f"{STREAM}@1"
-    finally:
-        victim.write_bytes(saved)
-        shutil.rmtree(clone)
-
-
-def test_an_emergency_rollback_needs_no_registry(desk, openai_client):
-    # The registry is the last thing this module needs: from here on it is gone.
-    log = (desk.root / "run" / "mlflow.log").parent
-    assert log.is_dir()
+def test_an_emergency_rollback_needs_no_registry(desk, running, openai_client):
+    registry = next(part.process for part in running.parts if part.name == "mlflow")
+    registry.kill()
+    registry.wait()
+    assert ask(openai_client)[0] == f"{STREAM}@1", "serving goes on without the registry"
+    refused = desk.run("rollback", STREAM, "--to", "2", "--why", "complaints", check=False)
+    assert refused.returncode == 1
+    assert "cannot be reached" in refused.stderr
     done = desk.run("rollback", STREAM, "--to", "2", "--why", "registry is down", "--emergency")
     assert "emergency approval" in done.stdout
     desk.wait(lambda: desk.live() == f"{STREAM}@2", what="emergency rollback")
     assert ask(openai_client)[0] == f"{STREAM}@2"
+    assert desk.json("history", STREAM)[-1]["kind"] == "emergency"
+    told = desk.run("status", "--json", check=False)
+    assert told.returncode == 1
+    assert any("mlflow" in alarm for alarm in json.loads(told.stdout)["alarms"])
