@@ -266,9 +266,13 @@ def test_test_noise_is_rebuilt_bit_for_bit_and_never_promoted(desk, tmp_path):
 
 
 def test_an_emergency_rollback_needs_no_registry(desk, running, openai_client):
+    from tidegate.up import listens
+
     registry = next(part.process for part in running.parts if part.name == "mlflow")
     registry.kill()
     registry.wait()
+    address = desk.service().mlflow_uri.removeprefix("http://")
+    desk.wait(lambda: not listens(address), what="the registry's end")
     assert ask(openai_client)[0] == f"{STREAM}@1", "serving goes on without the registry"
     refused = desk.run("rollback", STREAM, "--to", "2", "--why", "complaints", check=False)
     assert refused.returncode == 1
