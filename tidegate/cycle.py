@@ -106,7 +106,7 @@ def run(
             if test_seed is not None:
                 _write(service.workspace.rounds(plan.round_id) / "seed.json", test_seed)
         base = service.base(stream, lambda done, of, what: tell(what, done, of))
-        trained = _train(service, plan, base, tell)
+        trained = _train_or_abandon(service, plan, base, tell)
         evaluation, verdict = judge(service, trained, base, tell)
         end = register(service, trained, base, evaluation, verdict)
         _write(service.workspace.rounds(plan.round_id) / "ended.json", end)
@@ -153,6 +153,23 @@ def _unfinished(service: Service, stream: str) -> RoundPlan | None:
     return None
 
 
+def _train_or_abandon(service: Service, plan: RoundPlan, base: Base, tell: Progress) -> Trained:
+    """Train; a round that cannot end as planned is closed, so that the next one can be planned; spent stays spent."""
+    from learner.errors import AdapterError, RoundError
+    from privacy.errors import BudgetExceeded
+
+    try:
+        return _train(service, plan, base, tell)
+    except (RoundError, AdapterError, BudgetExceeded) as error:
+        folder = service.workspace.rounds(plan.round_id)
+        attempts = int(json.loads((folder / "plan.json").read_text(encoding="utf-8"))["attempt"])
+        for attempt in range(1, attempts + 1):
+            _discard(service.workspace.checkpoints(plan.round_id, attempt))
+        _write(folder / "ended.json", {"round_id": plan.round_id, "state": "abandoned", "reason": str(error)})
+        log.warning("round abandoned", stream=plan.stream, round=plan.round_id, attempt=attempts)
+        raise
+
+
 def _train(service: Service, plan: RoundPlan, base: Base, tell: Progress) -> Trained:
     """Reserve, start, train, commit; on a resume that is not exact, the same again as the next attempt."""
     from learner.errors import ResumeRefused
@@ -161,14 +178,17 @@ def _train(service: Service, plan: RoundPlan, base: Base, tell: Progress) -> Tra
     committed = _committed(service, plan)
     if committed is not None:
         return committed
-    try:
-        return _attempt(service, plan, base, tell)
-    except ResumeRefused as reason:
-        again = plan.model_copy(update={"attempt": plan.attempt + 1, "code_sha256": code_sha256()})
-        log.warning("new attempt", stream=plan.stream, round=plan.round_id, attempt=again.attempt, reason=str(reason))
-        _discard(service.workspace.checkpoints(plan.round_id, plan.attempt))
-        _write(service.workspace.rounds(plan.round_id) / "plan.json", again.as_json())
-        return _attempt(service, again, base, tell)
+    reason = "planned by other code than runs now"
+    if plan.code_sha256 == code_sha256():
+        try:
+            return _attempt(service, plan, base, tell)
+        except ResumeRefused as error:
+            reason = str(error)
+    again = plan.model_copy(update={"attempt": plan.attempt + 1, "code_sha256": code_sha256()})
+    log.warning("new attempt", stream=plan.stream, round=plan.round_id, attempt=again.attempt, reason=reason)
+    _discard(service.workspace.checkpoints(plan.round_id, plan.attempt))
+    _write(service.workspace.rounds(plan.round_id) / "plan.json", again.as_json())
+    return _attempt(service, again, base, tell)
 
 
 def _committed(service: Service, plan: RoundPlan) -> Trained | None:

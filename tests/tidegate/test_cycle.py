@@ -1,0 +1,81 @@
+"""What becomes of a round whose plan can no longer be carried out: closed, with its key gone, spent staying spent."""
+
+import json
+
+import pytest
+
+from ingest.record import Record, parse
+from learner.plan import BlockAccount, plan_round
+from privacy.errors import LedgerBehindReceipt
+from tests.tidegate.desk import STREAM, make_desk
+from tidegate import cycle
+
+
+@pytest.fixture
+def desk(tmp_path, tiny):
+    return make_desk(tmp_path / "ws", tiny)
+
+
+def planned(service, tiny):
+    """A plan on disk, as a crash right after planning leaves it, for one registered block."""
+    policy = service.policy(STREAM)
+    frozen = policy.frozen(300)
+    service.ledger.register_block(STREAM, f"{STREAM}-0-000000001", frozen)
+    account = BlockAccount(f"{STREAM}-0-000000001", frozen, (0.0,) * len(policy.orders))
+    plan = plan_round(
+        round_id=f"{STREAM}-r0001",
+        attempt=1,
+        stream=STREAM,
+        parent_sha256=None,
+        base_sha256=tiny.sha256,
+        data_revision=service.repository().pin(STREAM),
+        new=[account],
+        expected_batch=64,
+        steps=4,
+    )
+    cycle._write(service.workspace.rounds(plan.round_id) / "plan.json", plan.as_json())
+    return plan
+
+
+def test_a_round_that_started_and_lost_its_key_is_charged_again_or_closed(desk, tiny):
+    service = desk.service()
+    plan = planned(service, tiny)
+    service.ledger.reserve(STREAM, plan.round_id, 1, plan.plan_hash, plan.charges())
+    service.ledger.start(plan.round_id, 1, plan.plan_hash)
+    done = desk.run("round", STREAM, check=False)
+    assert done.returncode == 1
+    assert "cannot pay" in done.stderr, "one attempt is all that this policy lets a block pay for"
+    ended = json.loads((service.workspace.rounds(plan.round_id) / "ended.json").read_text())
+    assert ended["state"] == "abandoned"
+    assert not list((service.workspace.root / "checkpoints").iterdir())
+    assert [row.state for row in service.ledger.rows(STREAM)] == ["reserved", "started"]
+
+
+def test_an_older_ledger_refuses_a_round(desk, tiny):
+    service = desk.service()
+    receipt = service.signer("receipts").sign(
+        {
+            "plan_hash": "a" * 64,
+            "adapter_sha256": "b" * 64,
+            "ledger_head": "c" * 64,
+            "guarantee": {"unit": "record", "adjacency": "add-remove one unit", "epsilon": 8.0, "delta": 1e-5},
+        }
+    )
+    cycle._write(service.workspace.rounds("intents-r0009") / "receipt.json", receipt)
+    with pytest.raises(LedgerBehindReceipt, match="older backup"):
+        cycle.run(service, STREAM)
+
+
+def test_two_rounds_of_a_stream_never_run_at_once(desk):
+    service = desk.service()
+    with cycle._only_round(service, STREAM):
+        done = desk.run("round", STREAM, check=False)
+    assert done.returncode == 1
+    assert "a round runs already (pid" in done.stderr
+
+
+def test_the_streams_limits_reject_what_was_not_declared(desk):
+    limits = desk.service().limits(STREAM)
+    good = {"schema_version": 1, "event_id": "e", "user_id": "u", "domain": "work", "prompt": "p", "completion": "c"}
+    assert isinstance(parse(json.dumps(good).encode(), limits), Record)
+    assert not isinstance(parse(json.dumps({**good, "domain": "astrology"}).encode(), limits), Record)
