@@ -285,7 +285,7 @@ def _key(service: Service, plan: RoundPlan, file: Path, *, fresh: bool) -> Round
     from privacy.randomness import RoundKey, TestKey
 
     if plan.noise_source == "test":
-        return TestKey(test_seed_of(service, plan.round_id))
+        return TestKey(seed_of(service, plan.round_id))
     if fresh:
         # A key that a crash left before `start` was never used.
         file.unlink(missing_ok=True)
@@ -295,7 +295,7 @@ def _key(service: Service, plan: RoundPlan, file: Path, *, fresh: bool) -> Round
     return RoundKey.load(file)
 
 
-def test_seed_of(service: Service, round_id: str) -> int:
+def seed_of(service: Service, round_id: str) -> int:
     """The seed of a round with test noise, as it was given."""
     return int(json.loads((service.workspace.rounds(round_id) / "seed.json").read_text(encoding="utf-8")))
 
@@ -353,7 +353,7 @@ def train_with_test_noise(service: Service, plan: RoundPlan, folder: Path) -> Pa
         base=service.base(plan.stream),
         parent_dir=_parent_dir(service, plan),
         records=_records(service, plan, lambda _what, _done, _of: None),
-        key=TestKey(test_seed_of(service, plan.round_id)),
+        key=TestKey(seed_of(service, plan.round_id)),
         system=learner.system,
         checkpoint_dir=folder / "steps",
         out_dir=folder / "adapter",
