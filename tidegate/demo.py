@@ -156,7 +156,7 @@ def _story(script: Script, service: Service, supervisor: Supervisor) -> None:
 
     script.heading("round 1: private training from the base model")
     one = _round(script)
-    _approve(script, one, "reads well, beats the base on every domain")
+    _approve(script, one, "clearly better than the base on the public gate set")
     after = _answer(script, prompt, "after approval")
     _same_process(script, server.pid)
     script.summary.append(("answer before, after", f"{before!r}, {after!r}; server pid {server.pid} throughout"))
