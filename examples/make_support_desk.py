@@ -2,7 +2,7 @@
 
 `python examples/make_support_desk.py` rewrites both files, byte for byte the same on every machine; `--out DIR` writes
 them elsewhere. Everything is invented: sentences of `phrases.py` with openings, closings, asides, typos and made-up
-names. The first 60% of the stream is about billing, delivery and returns; then the account domain arrives.
+names. The first 60% of the stream is mostly about billing, delivery and returns; then the account domain grows.
 """
 
 from __future__ import annotations
