@@ -10,9 +10,14 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
 import pytest
+from hypothesis import settings
 
 from learner.base import Base
 from tests.tiny import tiny_base
+
+# Time depends on what else the machine does; in CI the same examples are tried each time, so that red means a change.
+settings.register_profile("tidegate", deadline=None, derandomize=os.environ.get("CI") == "true")
+settings.load_profile("tidegate")
 
 
 @pytest.fixture(scope="session")
