@@ -132,7 +132,6 @@ def test_approval_swaps_under_load_without_a_lost_or_mixed_answer(desk, openai_c
         one.join()
     assert not failed
     assert set(versions) == {f"{STREAM}@base", f"{STREAM}@1"}
-    assert versions == sorted(versions, key=lambda v: v == f"{STREAM}@1") or len(clients) > 1
     assert serving_state(desk.service())["pid"] == pid
     desk.wait(lambda: desk.service().store.versions(STREAM)[0].aliases == ("live",), what="acknowledgement")
 
