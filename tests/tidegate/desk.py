@@ -117,7 +117,8 @@ def make_desk(root, base, bootstrap=None, **learner):
         "learning_rate": 0.03,
         "checkpoint_steps": 2,
         "system": "",
-        "lora": {"r": 8, "alpha": 32, "layers": 0},
+        # Few weights, so that noise moves little: a candidate's verdict must not be a matter of luck.
+        "lora": {"r": 2, "alpha": 8, "layers": 0, "targets": ["q_proj", "v_proj", "o_proj", "down_proj"]},
     }
     params["streams"][STREAM] = {
         **template,
