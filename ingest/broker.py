@@ -55,6 +55,8 @@ _BOOTSTRAP_MS: Final = 10_000
 _ANSWER_MS: Final = 15_000
 # Flushing waits for the slowest of all replicas that acks=all asks for.
 _FLUSH_SECONDS: Final = 60.0
+# A sender that was told to give up does so within its current wait for the network.
+_ABANDON_SECONDS: Final = 2.0
 # The broker's limit decides what is too large, not the client's.
 _REQUEST_BYTES_MAX: Final = 100 << 20
 # Kafka's own default of max.message.bytes, for brokers that do not tell or that we may not ask.
@@ -377,3 +379,48 @@ class TopicWriter:
         for topic, future in pending:
             with _translated(f"topic={topic}", self._settings):
                 future.get(timeout=_FLUSH_SECONDS)
+
+
+def abandon(writer: TopicWriter) -> None:
+    """Hang up without waiting for what was not acknowledged: the broker has broken off, or nobody wants to wait."""
+    producer = writer._producer  # noqa: SLF001 - the one place beside the class
+    # Its close() flushes first, and so waits for a broker that is gone; the sender gives up when it is told to.
+    if (sender := getattr(producer, "_sender", None)) is not None:
+        sender.force_close()
+    with suppress(KafkaError):
+        producer.close(timeout=_ABANDON_SECONDS)
+
+
+def delete_before(settings: KafkaSettings, topic: str, offsets: Mapping[int, int]) -> dict[int, int]:
+    """Delete messages below these offsets, by partition (DeleteRecords); returns the first offset each now holds.
+
+    They are no longer given to anybody at once; a broker frees their disk space when a whole segment is below.
+
+    Raises:
+        BrokerAuthError: the user may not delete.
+        BrokerError: the broker refuses, or cannot delete.
+    """
+    wanted = {TopicPartition(topic, partition): offset for partition, offset in offsets.items()}
+    if not wanted:
+        return {}
+    with _admin(settings, f"topic={topic}: delete") as admin:
+        done = admin.delete_records(wanted, timeout_ms=_ANSWER_MS)
+    return {part.partition: answer["low_watermark"] for part, answer in done.items()}
+
+
+def offsets_at(settings: KafkaSettings, topic: str, partitions: Sequence[int], time_ms: int) -> dict[int, int]:
+    """By partition, the offset of the first message of this time (ms since 1970) or later, else of the next to come.
+
+    Raises:
+        BrokerError: the broker cannot be asked.
+    """
+    with TopicReader(settings, topic) as reader:
+        bounds = reader.bounds(partitions)
+        with _translated(f"topic={topic}", settings):
+            found = reader._consumer.offsets_for_times(  # noqa: SLF001 - the one place beside the class
+                {TopicPartition(topic, partition): time_ms for partition in partitions}
+            )
+    return {
+        part.partition: bounds[part.partition][1] if at is None else max(at.offset, bounds[part.partition][0])
+        for part, at in found.items()
+    }

@@ -3,6 +3,7 @@
     IngestError
     ├── SettingError           an argument that cannot work (limits, share, key)
     ├── SourceError            a file to produce that is missing or unreadable
+    ├── SendingStopped         a file was sent in part: interrupted, or the broker broke off
     ├── BrokerError            anything Kafka refuses
     │   ├── BrokerUnreachable  nobody answers at that address
     │   ├── BrokerAuthError    user, password or rights
@@ -35,6 +36,16 @@ class SettingError(IngestError):
 
 class SourceError(IngestError):
     """A file to produce cannot be read."""
+
+
+class SendingStopped(IngestError):
+    """Sending ended before the last row. `acknowledged` messages arrived; of `unknown` more nobody knows."""
+
+    def __init__(self, message: str, *, acknowledged: int, unknown: int, interrupted: bool) -> None:
+        super().__init__(message)
+        self.acknowledged = acknowledged
+        self.unknown = unknown
+        self.interrupted = interrupted
 
 
 class BrokerError(IngestError):

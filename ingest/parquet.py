@@ -1,22 +1,22 @@
-"""Records as Parquet files: the only file importing pyarrow.
+"""Parquet files, those of blocks and those to produce from: the only file importing pyarrow.
 
-Beside the contract's fields a row holds `_partition` and `_offset`, to check a block against the topic.
+Beside the contract's fields a block's row holds `_partition` and `_offset`, to check a block against the topic.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ingest.errors import DataCorrupt
+from ingest.errors import DataCorrupt, SourceError
 from ingest.record import Record
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
     from pathlib import Path
 
 Row = tuple[int, int, Record]
@@ -24,6 +24,9 @@ Row = tuple[int, int, Record]
 
 REJECTS: Final = "rejects"
 """The one split that holds no records."""
+
+# Rows of a file to produce from that are in memory at once, whatever the size of its row groups.
+_SOURCE_ROWS: Final = 1000
 
 _FIELDS: Final = tuple(Record.model_fields)
 _SCHEMA: Final = pa.schema(
@@ -103,3 +106,80 @@ def read_rows(path: Path) -> list[Row]:
         Record.model_construct(**dict(zip(_FIELDS, values, strict=True))) for values in zip(*contract, strict=True)
     ]
     return list(zip(columns["_partition"], columns["_offset"], records, strict=True))
+
+
+def read_rejects(path: Path) -> dict[tuple[int, int], bytes]:
+    """What :func:`write_rejects` wrote: (partition, offset) to the message's bytes.
+
+    Raises:
+        DataCorrupt: the file is missing or is no Parquet file of rejects.
+    """
+    try:
+        table = pq.read_table(path, partitioning=None)
+        columns = [table.column(name).to_pylist() for name in ("_partition", "_offset", "value")]
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise DataCorrupt(f"{path}: unreadable ({type(error).__name__}); restore it with `dvc pull`") from None
+    return {(partition, offset): value for partition, offset, value in zip(*columns, strict=True)}
+
+
+class ParquetSource:
+    """A Parquet file of somebody else's, to produce from; a context manager. Its columns may be of any type."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the footer.
+
+        Raises:
+            SourceError: the file is missing, or is no Parquet file.
+        """
+        self.path = path
+        try:
+            self._file: Any = pq.ParquetFile(path)
+        except FileNotFoundError:
+            raise SourceError(f"file={path}: no such file") from None
+        except (OSError, pa.ArrowException) as error:
+            raise self._unreadable(error, 0) from None
+        self.columns: tuple[str, ...] = tuple(self._file.schema_arrow.names)
+        self.rows: int = self._file.metadata.num_rows
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _unreadable(self, error: Exception, row: int) -> SourceError:
+        why = " ".join(str(error).split())[:200]
+        return SourceError(f"file={self.path}: row {row + 1}: unreadable as Parquet ({why}); write the file again")
+
+    def values(self, after: int = 0) -> Generator[tuple[Any, ...]]:
+        """Rows behind the first `after`, as tuples in the order of `columns`; a thousand are in memory at once.
+
+        Row groups that lie wholly before are not read. Times of nanoseconds lose what is below a microsecond.
+
+        Raises:
+            SourceError: a row group cannot be read; the rows before it were given.
+        """
+        row = 0
+        for group in range(self._file.metadata.num_row_groups):
+            held = self._file.metadata.row_group(group).num_rows
+            if row + held <= after:
+                row += held
+                continue
+            batches = self._file.iter_batches(_SOURCE_ROWS, row_groups=[group])
+            while True:
+                try:
+                    batch = next(batches, None)
+                    rows = [] if batch is None else list(zip(*map(_as_python, batch.columns), strict=True))
+                except (OSError, ValueError, pa.ArrowException) as error:
+                    raise self._unreadable(error, row) from None
+                if batch is None:
+                    break
+                yield from rows[max(after - row, 0) :]
+                row += batch.num_rows
+
+
+def _as_python(column: Any) -> list[Any]:
+    if pa.types.is_timestamp(column.type) and column.type.unit == "ns":
+        # Python's times have microseconds; what is finer would raise.
+        column = column.cast(pa.timestamp("us", column.type.tz), safe=False)
+    return list(column.to_pylist())

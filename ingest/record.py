@@ -133,6 +133,24 @@ def _no_constant(name: str) -> Any:
     raise ValueError(name)
 
 
+# Confluent's serialisers write a zero and the schema's id, 4 bytes, before the payload; an Avro file begins with Obj1.
+_REGISTRY_MAGIC: Final = b"\x00"
+_REGISTRY_BYTES: Final = 5
+_AVRO_MAGIC: Final = b"Obj\x01"
+_UTF16_STARTS: Final = (b"\x00{\x00", b"\x00[\x00", b"\x00 \x00", b"\x00\n\x00")
+
+
+def _foreign(value: bytes) -> Reason | None:
+    """What a message that is no JSON looks like, if it is one of the encodings Tidegate refuses."""
+    if value.startswith(_AVRO_MAGIC):
+        what = "looks like an Avro object container"
+    elif value.startswith(_REGISTRY_MAGIC) and len(value) > _REGISTRY_BYTES and not value.startswith(_UTF16_STARTS):
+        what = "looks like Avro or Protobuf in schema-registry framing"
+    else:
+        return None
+    return Reason("encoding", "", f"{what}, which Tidegate does not read; let the producer or a connector write JSON")
+
+
 def _decode(value: bytes | None) -> Any | Reason:
     """The message as JSON, or why it is none."""
     if value is None:
@@ -140,13 +158,13 @@ def _decode(value: bytes | None) -> Any | Reason:
     try:
         text = value.decode("utf-8")
     except UnicodeDecodeError as error:
-        return Reason("not_utf8", "", f"not UTF-8 at byte {error.start}; must be UTF-8 JSON")
+        return _foreign(value) or Reason("not_utf8", "", f"not UTF-8 at byte {error.start}; must be UTF-8 JSON")
     try:
         return json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
     except _DuplicateKeyError:
         return Reason("duplicate_key", "", "a key stands twice in one object; must stand once")
     except json.JSONDecodeError as error:
-        return Reason("not_json", "", f"not JSON at character {error.pos}; must be one JSON object")
+        return _foreign(value) or Reason("not_json", "", f"not JSON at character {error.pos}; must be one JSON object")
     except (ValueError, RecursionError):
         # NaN, Infinity, numbers of thousands of digits, thousands of nested brackets.
         return Reason("not_json", "", "no interoperable JSON (RFC 8259); must be one flat JSON object")

@@ -1,9 +1,12 @@
 """The contract, one bad input after another."""
 
+import inspect
 import json
+import re
 
 import pytest
 
+from ingest import record
 from ingest.errors import SettingError
 from ingest.record import REASONS_MAX, Record, RecordLimits, parse
 
@@ -29,6 +32,12 @@ BAD: list[tuple[str, bytes | None, str, str]] = [
     ("NaN", b'{"event_id": NaN}', "not_json", ""),
     ("endless number", b"[" + b"1" * 10_000 + b"]", "not_json", ""),
     ("endless nesting", b"[" * 200_000, "not_json", ""),
+    ("Avro by a schema registry", b"\x00\x00\x00\x00\x07\x0eticket7\x04u1", "encoding", ""),
+    ("Avro that is no UTF-8", b"\x00\x00\x00\x00\x07\x0e\xff\xfe", "encoding", ""),
+    ("JSON by a schema registry", b"\x00\x00\x00\x00\x07" + _bytes(), "encoding", ""),
+    ("Avro file", b"Obj\x01\x04\x14avro.codec", "encoding", ""),
+    ("nothing but a magic byte", b"\x00", "not_json", ""),
+    ("UTF-16", _bytes().decode().encode("utf-16-be"), "not_json", ""),
     ("list", b"[]", "not_object", ""),
     ("string", b'"text"', "not_object", ""),
     ("null", b"null", "not_object", ""),
@@ -70,6 +79,12 @@ def test_bad_input_has_its_reason(value: bytes | None, code: str, field: str) ->
     assert isinstance(reasons, tuple)
     assert (code, field) in [(reason.code, reason.field) for reason in reasons]
     assert len(reasons) <= REASONS_MAX
+
+
+def test_every_kind_of_rejection_is_tried() -> None:
+    source = inspect.getsource(record)
+    codes = set(re.findall(r'Reason\(\s*"([a-z_0-9]+)"', source)) | {code for code, _ in record._RULES.values()}
+    assert codes == {code for _, _, code, _ in BAD}
 
 
 def test_reasons_never_hold_content() -> None:
