@@ -7,6 +7,7 @@ is said within seconds instead of retried for half a minute.
 from __future__ import annotations
 
 import logging
+import threading
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -14,9 +15,15 @@ from uuid import UUID
 
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient, NewTopic
+from kafka.consumer.subscription_state import ConsumerRebalanceListener
+from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.errors import (
     AuthorizationError,
     BrokerResponseError,
+    CommitFailedError,
+    FencedInstanceIdError,
+    IllegalGenerationError,
+    IllegalStateError,
     InvalidTopicError,
     KafkaConfigurationError,
     KafkaConnectionError,
@@ -25,9 +32,11 @@ from kafka.errors import (
     MessageSizeTooLargeError,
     NoOffsetForPartitionError,
     OffsetOutOfRangeError,
+    RebalanceInProgressError,
     RecordListTooLargeError,
     SaslAuthenticationFailedError,
     TopicAlreadyExistsError,
+    UnknownMemberIdError,
     UnknownTopicOrPartitionError,
     UnsupportedSaslMechanismError,
 )
@@ -63,6 +72,13 @@ _REQUEST_BYTES_MAX: Final = 100 << 20
 _MESSAGE_BYTES_DEFAULT: Final = 1_048_588
 # Large enough for thousands of records a fetch, so that a block needs few of them.
 _FETCH_BYTES_MAX: Final = 8 << 20
+# Heartbeats come from a thread of their own, also while a block is sealed: silence this long means a dead process.
+_SESSION_MS: Final = 10_000
+_HEARTBEAT_MS: Final = 2_000
+# Between two polls lies the sealing of one block; beyond this the process hangs, and its partitions are given away.
+_POLL_INTERVAL_MS: Final = 300_000
+# New partitions, and a topic made anew, are noticed within this time.
+_METADATA_MS: Final = 30_000
 
 
 @dataclass(frozen=True)
@@ -118,6 +134,7 @@ _ERRORS: Final[tuple[tuple[tuple[type[Exception], ...], type[BrokerError], str],
     ((AuthorizationError,), BrokerAuthError, "grant the user this right on the broker"),
     ((MessageSizeTooLargeError, RecordListTooLargeError), MessageTooLarge, "raise the topic's max.message.bytes"),
     ((OffsetOutOfRangeError, NoOffsetForPartitionError), OffsetsGone, "raise the topic's retention"),
+    ((FencedInstanceIdError,), BrokerError, "another process has this lane's name; stop one"),
     ((UnknownTopicOrPartitionError, InvalidTopicError), TopicError, "check the topic's name"),
     ((KafkaTimeoutError, KafkaConnectionError), BrokerUnreachable, "is the broker running?"),
     ((KafkaConfigurationError, BrokerResponseError, KafkaError), BrokerError, "see the broker's log"),
@@ -134,9 +151,11 @@ def translate(error: Exception, what: str, settings: KafkaSettings) -> BrokerErr
 
 
 @contextmanager
-def _translated(what: str, settings: KafkaSettings) -> Iterator[None]:
+def _translated(what: str, settings: KafkaSettings, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     try:
         yield
+    except but:
+        raise
     except KafkaError as error:
         raise translate(error, what, settings) from None
 
@@ -245,28 +264,82 @@ def ensure_topic(settings: KafkaSettings, topic: str, partitions: int = 1) -> To
         return info
 
 
+class _Moves(ConsumerRebalanceListener):  # type: ignore[misc] # kafka-python has no types
+    """Notes what a rebalance gave and took, and keeps gained partitions still until they are sought.
+
+    Called in kafka-python's own thread, which must not wait for the broker: so nothing is looked up here.
+    """
+
+    def __init__(self, consumer: Any) -> None:
+        self._consumer = consumer
+        self._lock = threading.Lock()
+        self._gained: set[int] = set()
+        self._lost: set[int] = set()
+
+    def on_partitions_assigned(self, assigned: Iterable[Any]) -> None:
+        with self._lock:
+            for part in assigned:
+                # Not from what the group once committed: where reading starts is in the manifests.
+                self._consumer.seek(part, 0)
+                self._consumer.pause(part)
+                self._gained.add(part.partition)
+
+    def on_partitions_revoked(self, revoked: Iterable[Any]) -> None:
+        with self._lock:
+            for part in revoked:
+                self._gained.discard(part.partition)
+                self._lost.add(part.partition)
+
+    def on_partitions_lost(self, lost: Iterable[Any]) -> None:
+        self.on_partitions_revoked(lost)
+
+    def take(self) -> tuple[set[int], set[int]]:
+        """What was lost and what was gained since the last call; a partition in both was lost first."""
+        with self._lock:
+            moved = self._lost, self._gained
+            self._lost, self._gained = set(), set()
+            return moved
+
+
 class TopicReader:
-    """Reads all partitions of one topic from offsets the caller names. Not a group member: no rebalance moves it.
+    """Reads one topic from offsets the caller names.
+
+    Alone it reads whatever partitions it seeks. With a `group` and a `member` it shares the topic with the group's
+    other members (cooperative rebalancing, KIP-429): :meth:`moves` tells which partitions it was given and has lost,
+    and those it was given stand still until they are sought. A member's name outlives its process (static membership,
+    KIP-345), so that one that is killed and started again has its partitions back at once.
 
     Control records and aborted transactions are skipped (read_committed), so that positions may move without messages.
     """
 
-    def __init__(self, settings: KafkaSettings, topic: str, group: str | None = None) -> None:
+    def __init__(
+        self, settings: KafkaSettings, topic: str, group: str | None = None, member: str | None = None
+    ) -> None:
         check(settings)
         self._settings = settings
         self.topic = topic
         self._group = group
         self._what = f"topic={topic}"
+        membership = {"group_instance_id": member} if member is not None else {}
         with _translated(self._what, settings):
             self._consumer: Any = KafkaConsumer(
                 **_client_options(settings),
+                **membership,
                 group_id=group,
                 enable_auto_commit=False,
                 auto_offset_reset="none",
                 isolation_level="read_committed",
                 max_partition_fetch_bytes=_FETCH_BYTES_MAX,
+                partition_assignment_strategy=[CooperativeStickyAssignor],
+                session_timeout_ms=_SESSION_MS,
+                heartbeat_interval_ms=_HEARTBEAT_MS,
+                max_poll_interval_ms=_POLL_INTERVAL_MS,
+                metadata_max_age_ms=_METADATA_MS,
                 metrics_enabled=False,
             )
+            self._moves = _Moves(self._consumer) if member is not None else None
+            if self._moves is not None:
+                self._consumer.subscribe([topic], listener=self._moves)
 
     def __enter__(self) -> Self:
         return self
@@ -275,14 +348,22 @@ class TopicReader:
         self.close()
 
     def close(self) -> None:
-        """Hang up."""
+        """Hang up. A member's partitions stay its own until its session ends."""
         with suppress(KafkaError):
             self._consumer.close(autocommit=False, timeout_ms=_ANSWER_MS)
 
     def _parts(self, partitions: Iterable[int]) -> list[Any]:
         return [TopicPartition(self.topic, partition) for partition in partitions]
 
-    def bounds(self, partitions: Sequence[int]) -> dict[int, tuple[int, int]]:
+    def moves(self) -> tuple[set[int], set[int]]:
+        """Partitions lost and partitions given since the last call; one in both was lost first."""
+        return self._moves.take() if self._moves is not None else (set(), set())
+
+    def assigned(self) -> set[int]:
+        """Partitions this reader reads now."""
+        return {part.partition for part in self._consumer.assignment()}
+
+    def bounds(self, partitions: Iterable[int]) -> dict[int, tuple[int, int]]:
         """First offset held and next offset to be written, by partition."""
         parts = self._parts(partitions)
         with _translated(self._what, self._settings):
@@ -291,11 +372,16 @@ class TopicReader:
         return {part.partition: (first[part], end[part]) for part in parts}
 
     def seek(self, offsets: Mapping[int, int]) -> None:
-        """Read these partitions from these offsets."""
+        """Read these partitions from these offsets; a member skips those it has lost meanwhile."""
         with _translated(self._what, self._settings):
-            self._consumer.assign(self._parts(offsets))
+            if self._moves is None:
+                self._consumer.assign(self._parts(offsets))
+            here = self.assigned()
             for partition, offset in offsets.items():
-                self._consumer.seek(TopicPartition(self.topic, partition), offset)
+                if partition in here:
+                    part = TopicPartition(self.topic, partition)
+                    self._consumer.seek(part, offset)
+                    self._consumer.resume(part)
 
     def poll(self, messages_max: int, timeout_ms: int) -> list[Message]:
         """Next messages, at most `messages_max`; none after `timeout_ms`.
@@ -312,18 +398,27 @@ class TopicReader:
         ]
 
     def positions(self) -> dict[int, int]:
-        """Next offset to be read, by partition."""
+        """Next offset to be read, by partition; none of those that stand still."""
+        found: dict[int, int] = {}
         with _translated(self._what, self._settings):
-            return {p.partition: self._consumer.position(p, timeout_ms=_ANSWER_MS) for p in self._consumer.assignment()}
+            for part in self._consumer.assignment() - self._consumer.paused():
+                # A rebalance may take one away between the question and the answer.
+                with suppress(IllegalStateError):
+                    found[part.partition] = self._consumer.position(part, timeout_ms=_ANSWER_MS)
+        return found
 
     def commit(self, offsets: Mapping[int, int]) -> None:
-        """Tell the group's lag monitors how far we are. Nothing here ever reads it back.
+        """Tell the group's lag monitors how far we are. Nothing here ever reads it back; a rebalance may drop it.
 
         Raises:
             BrokerError: Kafka refused; the data is safe all the same.
         """
-        values = {TopicPartition(self.topic, p): OffsetAndMetadata(o, "", -1) for p, o in offsets.items()}
-        with _translated(f"group={self._group}", self._settings):
+        here = self.assigned()
+        values = {TopicPartition(self.topic, p): OffsetAndMetadata(o, "", -1) for p, o in offsets.items() if p in here}
+        if not values:
+            return
+        rebalanced = (CommitFailedError, RebalanceInProgressError, IllegalGenerationError, UnknownMemberIdError)
+        with suppress(*rebalanced), _translated(f"group={self._group}", self._settings, but=rebalanced):
             self._consumer.commit(values, timeout_ms=_ANSWER_MS)
 
 

@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 
 from ingest.errors import DataCorrupt, RepositoryError
+from ingest.layout import POINTER, TRACKED
 from ingest.parquet import fsync_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
-
-TRACKED: Final = "blocks"
-"""The one folder DVC tracks in a lane."""
-POINTER: Final = f"{TRACKED}.dvc"
 
 # A hard link makes the file in the cache the one that was fsynced, and costs no second copy.
 _LINKS: Final = "hardlink,copy"

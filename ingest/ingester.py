@@ -1,9 +1,10 @@
-"""From a topic to sealed blocks: one process, one lane, all partitions of a stream's topic.
+"""From a topic to sealed blocks: one process, one lane, the partitions the consumer group gives it.
 
-    resume from the manifests → collect a span of offsets → sort → write files → dead letters acknowledged
+    resume from what is committed → collect a span of offsets → judge → claim → write files → dead letters acknowledged
       → DVC add + git commit (the only commit point) → index → offsets to Kafka → push to the remote
 
-Killed anywhere before the commit, the span is read again; anywhere after it, the span is done.
+`ingest.steps` names these. Killed anywhere before the commit, the span is read again, by this process or by whichever
+is given the partition; anywhere after it, the span is done. See `ingest.ownership` for two that believe they have it.
 """
 
 from __future__ import annotations
@@ -11,31 +12,33 @@ from __future__ import annotations
 import secrets
 import shutil
 import time
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from pydantic import ValidationError
 from structlog import get_logger
 
-from ingest import metrics
+from ingest import layout, metrics
 from ingest.broker import TopicReader, TopicWriter, check, describe_topic, ensure_topic
 from ingest.deadletters import OVERHEAD_BYTES_MAX, headers_of, key_of, topic_of
 from ingest.errors import BrokerError, LaneConflict, OffsetsGone, SettingError
 from ingest.expectations import Suite
+from ingest.lane import take_free_lane
 from ingest.manifest import Counts, DataFile, FrozenPolicy, Manifest, OffsetRange
 from ingest.parquet import REJECTS, write_rejects, write_rows
 from ingest.pusher import Pusher
 from ingest.record import SCHEMA_VERSION
-from ingest.resume import Start, plan_start
-from ingest.seen import SeenIndex, mark_of
-from ingest.sorting import SET_ASIDE, Outcome, sort_messages
+from ingest.resume import Start, incarnation_of, plan_start
+from ingest.seen import Mark, SeenIndex, mark_of
+from ingest.sorting import SET_ASIDE, Outcome, judge, sort_out
 from ingest.split import check_split, split_of
+from ingest.steps import Step
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
     from pathlib import Path
 
     from ingest.broker import KafkaSettings, Message, TopicInfo
@@ -52,31 +55,59 @@ _IDLE_SECONDS: Final = 0.2
 _POLL_MESSAGES: Final = 5000
 # How often an idle consumer asks for the lag, which also notices a broker that is gone.
 _LAG_SECONDS: Final = 5.0
-# A fetch that is under way when a topic seems silent comes within this time, or not at all.
+# A fetch that is under way when a topic seems silent, or a group that is still gathering, comes to an end within this.
 _SLOW_SECONDS: Final = 10.0
-# How often new partitions and a topic made anew are looked for.
+# How often a topic made anew is looked for.
 _TOPIC_SECONDS: Final = 30.0
 # One message is asked for that is known to be there; only a broker in trouble takes longer.
 _MARK_POLLS: Final = 10
 _MARK_POLL_MS: Final = 500
+# Lanes that name a topic at the same time agree at the second try.
+_NAME_TRIES: Final = 20
 
 
 class _StartOver(Exception):
-    """The topic or the lane changed under us: resume from the manifests."""
+    """The topic or the lane changed under us: resume from what is committed."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
-    """Messages collected for one block, with the span they come from."""
+    """Messages collected for one block, with the span they come from, by partition."""
 
-    messages: list[Message]
-    start: dict[int, int]
-    end: dict[int, int]
+    messages: list[Message] = field(default_factory=list)
+    start: dict[int, int] = field(default_factory=dict)
+    end: dict[int, int] = field(default_factory=dict)
+    began: float | None = None
 
     @property
     def span(self) -> int:
         """Offsets covered, over all partitions."""
         return sum(self.end.values()) - sum(self.start.values())
+
+    def gain(self, offsets: Mapping[int, int]) -> None:
+        """Partitions that are read from these offsets on."""
+        self.start |= offsets
+        self.end |= offsets
+
+    def lose(self, partitions: Collection[int]) -> None:
+        """Partitions that somebody else reads now, from where this block would have begun."""
+        for partition in partitions:
+            self.start.pop(partition, None)
+            self.end.pop(partition, None)
+        self.messages = [m for m in self.messages if m.partition not in partitions]
+        if not self.span:
+            self.began = None
+
+    def take(self, messages: Collection[Message], positions: Mapping[int, int]) -> bool:
+        """Messages, and how far they reach; False if that is no further than before."""
+        reached = {p: end for p, end in positions.items() if p in self.end and end > self.end[p]}
+        self.messages.extend(m for m in messages if m.partition in self.end)
+        self.end |= reached
+        return bool(reached)
+
+    def ranges(self) -> tuple[OffsetRange, ...]:
+        """The span as a manifest names it."""
+        return tuple(OffsetRange(partition=p, start=self.start[p], end=self.end[p]) for p in sorted(self.start))
 
 
 class Ingester:
@@ -86,7 +117,6 @@ class Ingester:
         self,
         *,
         stream: str,
-        lane: str,
         topic: str,
         settings: KafkaSettings,
         repo: DataRepository,
@@ -117,7 +147,7 @@ class Ingester:
         ):
             if value <= 0:
                 raise SettingError(f"{name}={value}: must be above 0; see streams.{stream}.ingest")
-        self.stream, self.lane, self.topic = stream, lane, topic
+        self.stream, self.topic = stream, topic
         self.settings, self.repo, self.limits, self.suite_path = settings, repo, limits, suite_path
         self.per_user_max = k_per_user if unit == "user" else None
         self.split_key, self.holdout_share = split_key, holdout_share
@@ -153,35 +183,39 @@ class Ingester:
         log.warning("ingest alarm", stream=self.stream, kind=kind, message=message, **facts)
         self.event("alarm", kind=kind, message=message, **facts)
 
+    def step(self, step: Step, block: str) -> None:
+        """Tell the listener of a step, by its name."""
+        self.event(step.value, block=block)
+
     def run(
         self, stop: threading.Event, max_blocks: int | None = None, until_idle_s: float | None = None
     ) -> list[Manifest]:
         """Seal blocks until stopped; returns their manifests.
 
+        Several may run at once, each in a lane of its own: the consumer group divides the topic's partitions.
         Ends when `stop` is set (what is not sealed stays on the topic), after `max_blocks`, or when the topic has been
         silent for `until_idle_s` seconds (then what was collected is sealed first).
 
         Raises:
             BrokerError: the broker cannot be reached at the start, or refuses the dead letters.
             SuiteError, ValidationStopped: the expectation suite cannot be used.
-            LaneBusy: another process writes the lane.
             RepositoryError: a block could not be committed.
         """
         large_bytes = ensure_topic(self.settings, topic_of(self.topic)).message_bytes_max - OVERHEAD_BYTES_MAX
         info = ensure_topic(self.settings, self.topic)
+        group = f"tidegate-{self.stream}-{self.repo.identity}"
         with ExitStack() as stack:
-            lane = stack.enter_context(self.repo.lane(self.stream, self.lane))
+            lane = stack.enter_context(take_free_lane(self.repo, self.stream))
             suite = Suite(self.suite_path)
-            seen = stack.enter_context(SeenIndex(lane.root / "seen.sqlite3"))
-            reader = stack.enter_context(TopicReader(self.settings, self.topic, group=f"tidegate-{self.stream}"))
+            reader = stack.enter_context(TopicReader(self.settings, self.topic, group=group, member=lane.name))
             writer = stack.enter_context(TopicWriter(self.settings))
             pusher = stack.enter_context(Pusher(lane, lambda error: self.alarm("push", str(error))))
-            session = _Session(self, info, large_bytes, lane, suite, seen, reader, writer, pusher)
+            session = stack.enter_context(_Session(self, info, large_bytes, lane, suite, reader, writer, pusher))
             return session.run(stop, max_blocks, until_idle_s)
 
 
 class _Session:
-    """One run: everything open, and where the lane stands."""
+    """One run: everything open, and where the lane stands. A context manager."""
 
     def __init__(
         self,
@@ -190,29 +224,41 @@ class _Session:
         large_bytes: int,
         lane: Lane,
         suite: Suite,
-        seen: SeenIndex,
         reader: TopicReader,
         writer: TopicWriter,
         pusher: Pusher,
     ) -> None:
         self.of = ingester
         self.large_bytes = large_bytes
-        self.info, self.lane, self.suite, self.seen = info, lane, suite, seen
+        self.info, self.lane, self.suite = info, lane, suite
         self.reader, self.writer, self.pusher = reader, writer, pusher
+        self.ownership = lane.repo.ownership(ingester.stream)
+        self.seen_path = lane.repo.lanes / f"{ingester.stream}.seen.sqlite3"
+        self.seen = SeenIndex(self.seen_path)
         self.head = lane.head()
-        self.start = Start("", {}, frozenset(), renewed=False)
+        self.incarnation = ""
+        self.gaps: dict[int, int] = {}
+        self.batch = Batch()
         self._asked_lag = self._asked_topic = time.monotonic()
         self._outage = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Nothing is under way any more: whoever is given these partitions need not fence this lane.
+        with suppress(LaneConflict):
+            self.ownership.release(self.lane.name, set(self.batch.start))
+        self.seen.close()
 
     def run(self, stop: threading.Event, max_blocks: int | None, until_idle_s: float | None) -> list[Manifest]:
         sealed: list[Manifest] = []
         self._resume()
         while not stop.is_set() and (max_blocks is None or len(sealed) < max_blocks):
             try:
-                batch = self._collect(stop, until_idle_s)
-                if batch is None:
+                if not self._collect(stop, until_idle_s):
                     break
-                sealed.append(self._seal(batch))
+                sealed.append(self._seal())
             except (_StartOver, OffsetsGone, LaneConflict) as error:
                 self.of.alarm("start_over", str(error))
                 self._refresh_topic()
@@ -224,69 +270,125 @@ class _Session:
         self.info = ensure_topic(self.of.settings, self.of.topic)
 
     def _resume(self) -> None:
-        """Take up where the manifests end."""
+        """Take up where the blocks end."""
         self.lane.recover()
+        # Before any partition is taken: a commit on top of it proves that none was taken away since.
         self.head = self.lane.head()
-        read = self.seen.reconcile(self.lane)
-        bounds = self.reader.bounds(self.info.partitions)
-        self.start = plan_start(self.info, self.head, bounds, marks_agree=self._marks_agree(bounds))
-        if self.start.renewed:
-            self.of.alarm(
-                "incarnation", f"topic={self.of.topic}: made anew or shorter than before; read from its beginning"
-            )
-        for partition in sorted(self.start.gaps):
-            self.of.alarm(
-                "gap",
-                f"topic={self.of.topic}: partition {partition} dropped messages that were never read; "
-                "raise the topic's retention",
-                partition=partition,
-            )
-        self.reader.seek(self.start.offsets)
-        log.info("ingest resumed", stream=self.of.stream, offsets=self.start.offsets, blocks_indexed=read)
-        self.of.event("resumed", incarnation=self.start.incarnation, offsets=self.start.offsets)
+        self.batch, self.gaps = Batch(), {}
+        # Another process may have made the index anew: then ours is a file that is no more.
+        self.seen.close()
+        self.seen = SeenIndex(self.seen_path)
+        read = self.seen.reconcile(self.lane.repo, self.of.stream, self._fence_others)
+        self.incarnation = self._name_topic()
+        if self.seen.has_others(self.incarnation):
+            self._fence_others()
+            self.seen.forget_others(self.incarnation)
+        log.info("ingest resumed", stream=self.of.stream, lane=self.lane.name, blocks_indexed=read)
+        self.of.event("resumed", incarnation=self.incarnation, lane=self.lane.name)
+        self._take(self.reader.assigned())
 
-    def _marks_agree(self, bounds: Mapping[int, tuple[int, int]]) -> bool:
+    def _fence_others(self) -> None:
+        repo = self.lane.repo
+        self.ownership.fence_others(self.lane.name, repo.lane_heads(self.of.stream))
+
+    def _name_topic(self) -> str:
+        """The incarnation all lanes agree on: the known one, unless the topic was made anew or lost messages."""
+        for _ in range(_NAME_TRIES):
+            owners = self.ownership.read()
+            # Before the bounds, which may only grow after it.
+            reached = self.lane.repo.frontier(self.of.stream).get(owners.incarnation, {})
+            bounds = self.reader.bounds(self.info.partitions)
+            agree = self._marks_agree(owners.incarnation, bounds)
+            name = incarnation_of(self.info, owners, reached, bounds, marks_agree=agree)
+            if name == owners.incarnation:
+                return name
+            if owners.incarnation:
+                self.of.alarm(
+                    "incarnation", f"topic={self.of.topic}: made anew or shorter than before; read from its beginning"
+                )
+            self.ownership.renew(owners, self.of.topic, name)
+        raise LaneConflict(f"topic={self.of.topic}: renamed {_NAME_TRIES} times in a row; is it deleted in a loop?")
+
+    def _marks_agree(self, incarnation: str, bounds: Mapping[int, tuple[int, int]]) -> bool:
         """Whether the last messages read are still at their offsets. Topic ids make the question needless."""
-        if self.info.topic_id is not None:
+        marks = self.seen.marks(incarnation)
+        if self.info.topic_id is not None or not marks:
             return True
-        for partition, (offset, digest) in self.seen.marks().items():
-            first, end = bounds.get(partition, (0, 0))
-            if not first <= offset < end:
-                continue
-            self.reader.seek({partition: offset})
-            for _ in range(_MARK_POLLS):
-                if found := self.reader.poll(1, _MARK_POLL_MS):
-                    if found[0].offset == offset and mark_of(found[0]) != digest:
-                        return False
-                    break
+        with TopicReader(self.of.settings, self.of.topic) as look:
+            for partition, mark in marks.items():
+                first, end = bounds.get(partition, (0, 0))
+                if not first <= mark.offset < end:
+                    continue
+                look.seek({partition: mark.offset})
+                for _ in range(_MARK_POLLS):
+                    if found := look.poll(1, _MARK_POLL_MS):
+                        if found[0].offset == mark.offset and mark_of(found[0]) != mark.digest:
+                            return False
+                        break
         return True
 
-    def _collect(self, stop: threading.Event, until_idle_s: float | None) -> Batch | None:
-        """Read one block's span, ended by offset count or clock, never by what is in it; None: nothing more to do."""
-        start = dict(self.start.offsets)
-        batch = Batch([], start, dict(start))
-        began: float | None = None
+    def _take(self, partitions: Collection[int]) -> None:
+        """Make partitions this lane's, and read them from where their blocks end."""
+        if not partitions:
+            return
+        owners = self.ownership.take(self.lane.name, partitions)
+        if owners.incarnation != self.incarnation:
+            raise _StartOver(f"topic={self.of.topic}: another lane found it made anew")
+        reached = self.lane.repo.frontier(self.of.stream).get(self.incarnation, {})
+        start = plan_start(self.incarnation, reached, self.reader.bounds(partitions))
+        for partition, missing in sorted(start.gaps.items()):
+            self.of.alarm(
+                "gap",
+                f"topic={self.of.topic}: partition {partition} dropped {missing} offsets that were never read; "
+                "raise the topic's retention",
+                partition=partition,
+                offsets_lost=missing,
+            )
+            self.seen.forget_dropped(self.incarnation, partition, start.offsets[partition])
+        self.gaps |= start.gaps
+        self.batch.gain(start.offsets)
+        self.reader.seek(start.offsets)
+        self._tell_taken(start)
+
+    def _tell_taken(self, start: Start) -> None:
+        log.info("partitions taken", stream=self.of.stream, lane=self.lane.name, offsets=dict(start.offsets))
+        self.of.event("taken", lane=self.lane.name, offsets=dict(start.offsets))
+
+    def _follow_moves(self) -> set[int]:
+        """Do what a rebalance asks for: let go of what was lost, take what was given; returns what was given."""
+        lost, gained = self.reader.moves()
+        if lost:
+            self.batch.lose(lost)
+            self.ownership.release(self.lane.name, lost)
+            log.info("partitions lost", stream=self.of.stream, lane=self.lane.name, partitions=sorted(lost))
+            self.of.event("lost", lane=self.lane.name, partitions=sorted(lost))
+        self._take(gained - self.batch.start.keys())
+        return gained
+
+    def _collect(self, stop: threading.Event, until_idle_s: float | None) -> bool:
+        """Read one block's span, ended by offset count or clock, never by what is in it; False: nothing more to do."""
         news = time.monotonic()
         while not stop.is_set():
             now = time.monotonic()
+            batch = self.batch
             missing = self.of.block_offsets - batch.span
-            if missing <= 0 or (began is not None and now - began >= self.of.block_seconds):
-                return batch
+            if missing <= 0 or (batch.began is not None and now - batch.began >= self.of.block_seconds):
+                return True
             if until_idle_s is not None and self._silent(now - news, until_idle_s):
-                return batch if batch.span else None
+                return bool(batch.span)
             found = self.reader.poll(min(missing, _POLL_MESSAGES), _POLL_MS)
-            end = self.reader.positions()
-            if end != batch.end:
-                batch.messages.extend(found)
-                batch = Batch(batch.messages, start, end)
+            # What was read of a partition before it was given to us again is read once more.
+            if gained := self._follow_moves():
+                found = [m for m in found if m.partition not in gained]
+            if batch.take(found, self.reader.positions()):
                 news = time.monotonic()
-                began = news if began is None else began
+                batch.began = news if batch.began is None else batch.began
                 continue
             if self._watch():
                 # An absent broker is no idle topic.
                 news = time.monotonic()
             stop.wait(_IDLE_SECONDS)
-        return None
+        return False
 
     def _silent(self, idle_s: float, until_idle_s: float) -> bool:
         """Whether the topic has been silent for so long; a slow answer is no silence, unless it lasts."""
@@ -294,13 +396,15 @@ class _Session:
             return False
         if idle_s >= until_idle_s + _SLOW_SECONDS:
             return True
+        if not self.batch.start:
+            return False
         try:
             return self._lag() <= 0
         except BrokerError:
             return False
 
     def _watch(self) -> bool:
-        """While nothing arrives: lag, new partitions, and whether the broker is there. True: it is not."""
+        """While nothing arrives: lag, and whether the topic and the broker are still there. True: the broker is not."""
         now = time.monotonic()
         if now - self._asked_lag < _LAG_SECONDS:
             return self._outage
@@ -330,39 +434,45 @@ class _Session:
         metrics.DEFAULT.lag.labels(self.of.stream).set(max(self._lag(), 0))
 
     def _lag(self) -> int:
-        """Offsets the topic holds and we have not read."""
-        bounds = self.reader.bounds(self.info.partitions)
-        positions = self.reader.positions()
-        return sum(end - positions.get(partition, first) for partition, (first, end) in bounds.items())
+        """Offsets this process's partitions hold and it has not read."""
+        bounds = self.reader.bounds(self.batch.end)
+        return sum(end - self.batch.end[partition] for partition, (_, end) in bounds.items())
 
-    def _seal(self, batch: Batch) -> Manifest:
-        of = self.of
-        outcome = sort_messages(
-            batch.messages,
-            limits=of.limits,
-            validate=self.suite.validate,
-            seen=self.seen.digests,
+    def _seal(self) -> Manifest:
+        of, batch, began = self.of, self.batch, time.monotonic()
+        block = self.lane.block_id(self.head.seq_next)
+        of.step(Step.POLLED, block)
+        judgement = judge(batch.messages, of.limits, self.suite.validate)
+        of.step(Step.VALIDATED, block)
+        ranges = batch.ranges()
+        outcome = sort_out(
+            judgement,
+            claim=lambda found: self.seen.claim(self.incarnation, ranges, found),
             split=lambda user: split_of(user, of.split_key, of.holdout_share),
             per_user_max=of.per_user_max,
         )
-        block_id = self.lane.block_id(self.head.seq_next)
-        files, large = self._write(block_id, outcome)
-        of.event("written", block=block_id)
-        self._send_dead_letters(outcome, large, block_id)
-        of.event("dead_lettered", block=block_id)
-        manifest = self._manifest(block_id, batch, outcome, files)
-        self.head = self.lane.commit(manifest, self.head, gaps=self.start.gaps)
-        of.event("committed", block=block_id)
-        marks = {m.partition: (m.offset, mark_of(m)) for m in sorted(batch.messages, key=lambda m: m.offset)}
-        self.seen.add(manifest, outcome.entries.items(), marks)
-        of.event("indexed", block=block_id)
-        self.start = Start(self.start.incarnation, batch.end, frozenset(), renewed=False)
-        self._tell(manifest, outcome)
+        of.step(Step.CLAIMED, block)
+        files, large = self._write(outcome)
+        of.step(Step.WRITTEN, block)
+        self._send_dead_letters(outcome, large)
+        of.step(Step.DEAD_LETTERED, block)
+        manifest = self._manifest(block, ranges, outcome, files)
+        self.head = self.lane.commit(manifest, self.head, gaps=self.gaps.keys(), tell=lambda s: of.step(s, block))
+        of.step(Step.COMMITTED, block)
+        last = {m.partition: m for m in sorted(batch.messages, key=lambda m: m.offset)}
+        self.seen.settle(manifest, {p: Mark(m.offset, mark_of(m)) for p, m in last.items()})
+        of.step(Step.INDEXED, block)
+        self.gaps = {}
+        self.batch = Batch()
+        self.batch.gain(batch.end)
+        read_bytes = sum(len(m.value or b"") for m in batch.messages)
+        self._tell(manifest, outcome, read_bytes, time.monotonic() - began)
         return manifest
 
-    def _write(self, block_id: str, outcome: Outcome) -> tuple[tuple[DataFile, ...], set[tuple[int, int]]]:
-        """The block's files, durable; and which rejected messages are among them for being too large elsewhere."""
-        folder = self.lane.folder(block_id)
+    def _write(self, outcome: Outcome) -> tuple[tuple[DataFile, ...], set[tuple[int, int]]]:
+        """The block's files, and which rejected messages are among them for being too large elsewhere."""
+        seq = self.head.seq_next
+        folder = self.lane.folder(seq)
         if folder.exists():
             shutil.rmtree(folder)
         shas = {split: write_rows(folder / f"{split}.parquet", rows) for split, rows in sorted(outcome.rows.items())}
@@ -375,34 +485,35 @@ class _Session:
             shas[REJECTS] = write_rejects(folder / f"{REJECTS}.parquet", large)
         files = tuple(
             DataFile.model_validate(
-                {"path": self.lane.path_in_repository(block_id, split), "sha256": sha, "split": split}
+                {"path": layout.data_path(self.lane.name, seq, split), "sha256": sha, "split": split}
             )
             for split, sha in shas.items()
         )
         return files, {(partition, offset) for partition, offset, _ in large}
 
-    def _send_dead_letters(self, outcome: Outcome, large: set[tuple[int, int]], block_id: str) -> None:
+    def _send_dead_letters(self, outcome: Outcome, large: set[tuple[int, int]]) -> None:
         """At least once, acknowledged before the commit."""
         if not outcome.rejected:
             return
         target = topic_of(self.of.topic)
-        reference = self.lane.path_in_repository(block_id, REJECTS)
+        reference = layout.data_path(self.lane.name, self.head.seq_next, REJECTS)
         for message, reasons in outcome.rejected:
             elsewhere = (message.partition, message.offset) in large
             headers = headers_of(reasons, reference if elsewhere else None)
-            key = key_of(self.of.topic, self.start.incarnation, message)
+            key = key_of(self.of.topic, self.incarnation, message)
             self.writer.send(target, key, None if elsewhere else message.value, headers)
         self.writer.flush()
 
-    def _manifest(self, block_id: str, batch: Batch, outcome: Outcome, files: tuple[DataFile, ...]) -> Manifest:
-        ranges = tuple(OffsetRange(partition=p, start=batch.start[p], end=batch.end[p]) for p in sorted(batch.start))
+    def _manifest(
+        self, block: str, ranges: tuple[OffsetRange, ...], outcome: Outcome, files: tuple[DataFile, ...]
+    ) -> Manifest:
         return Manifest(
-            block_id=block_id,
+            block_id=block,
             stream=self.of.stream,
-            lane=self.of.lane,
+            lane=self.lane.name,
             seq=self.head.seq_next,
             topic=self.of.topic,
-            incarnation=self.start.incarnation,
+            incarnation=self.incarnation,
             offsets=ranges,
             schema_version=SCHEMA_VERSION,
             suite_sha256=self.suite.sha256,
@@ -414,27 +525,24 @@ class _Session:
             ),
             files=files,
             nonce=secrets.token_hex(16),
-            policy=self.of.frozen_policy(batch.span),
+            policy=self.of.frozen_policy(sum(part.span for part in ranges)),
             sealed_at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         )
 
-    def _tell(self, manifest: Manifest, outcome: Outcome) -> None:
+    def _tell(self, manifest: Manifest, outcome: Outcome, read_bytes: int, seconds: float) -> None:
         """Everybody who wants to know of a committed block; nothing here can undo it."""
-        of, counts, count = self.of, manifest.counts, metrics.DEFAULT
+        of, counts = self.of, manifest.counts
         try:
             self.reader.commit(manifest.next_offsets)
+            of.step(Step.ACKNOWLEDGED, manifest.block_id)
             self._report_lag()
         except BrokerError as error:
             of.alarm("lag_monitor", str(error))
         self.pusher.notify()
         if outcome.alarms:
             of.alarm("expectation", "expectations on the batch failed", block=manifest.block_id, failed=outcome.alarms)
-        count.blocks.labels(of.stream).inc()
-        count.accepted.labels(of.stream).inc(counts.sealed + counts.set_aside)
-        count.duplicates.labels(of.stream).inc(counts.duplicate)
-        for _, reasons in outcome.rejected:
-            count.rejected.labels(of.stream, reasons[0].code).inc()
+        metrics.DEFAULT.count(of.stream, manifest, outcome, read_bytes, seconds)
         facts = {"block": manifest.block_id, "offsets": manifest.nominal_units, "accepted": counts.sealed}
         facts |= {"set_aside": counts.set_aside, "duplicate": counts.duplicate, "rejected": counts.rejected}
-        log.info("block sealed", stream=of.stream, **facts)
+        log.info("block sealed", stream=of.stream, seconds=round(seconds, 3), **facts)
         of.event("sealed", manifest=manifest, **facts)

@@ -1,9 +1,9 @@
 """A lane: the one place where one writer's blocks are made, and the commit by which they come to exist.
 
-    LANES/<lane>/blocks/<block>/<split>.parquet   tracked by DVC, hard-linked with the shared cache
-    LANES/<lane>/blocks.dvc                       DVC's pointer; the committed one is in git
-    LANES/<lane>/lock                             held by the writing process
-    LANES/<lane>/push/                            where pushing holds a DVC lock of its own
+    LANES/<lane>/<shelf>/blocks/<block>/<split>.parquet   tracked by DVC, hard-linked with the shared cache
+    LANES/<lane>/<shelf>/blocks.dvc                       DVC's pointer; the committed one is in git
+    LANES/<lane>/lock                                     held by the writing process
+    LANES/<lane>/push/                                    where pushing holds a DVC lock of its own
 
 Whatever a crash leaves here that git does not know is removed when the lane is taken again.
 """
@@ -13,34 +13,39 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
-from ingest.dvcstore import POINTER, TRACKED, DvcStore
+from ingest import frontier, layout
+from ingest.dvcstore import DvcStore
 from ingest.errors import LaneBusy, LaneConflict
-from ingest.manifest import Manifest
-from ingest.parquet import REJECTS, read_rows
-from ingest.repository import LANE_REFS
+from ingest.frontier import advanced
+from ingest.parquet import fsync_folder
+from ingest.repository import LaneHead
+from ingest.steps import Step
 
 if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
     from pathlib import Path
 
-    from ingest.parquet import Row
+    from ingest.manifest import Manifest
     from ingest.repository import DataRepository
+    from ingest.steps import Tell
+
+# More than there are cores in any machine that runs one service.
+_LANES_MAX = 1024
 
 
-@dataclass(frozen=True)
-class LaneHead:
-    """Where a lane stands: its commit and its newest manifest (None: no block yet)."""
+def _nobody(_: Step) -> None:
+    pass
 
-    commit: str | None
-    last: Manifest | None
 
-    @property
-    def seq_next(self) -> int:
-        """Sequence number of the next block."""
-        return 1 if self.last is None else self.last.seq + 1
+def take_free_lane(repo: DataRepository, stream: str) -> Lane:
+    """The stream's first lane that no process on this machine holds: `STREAM-0`, else `STREAM-1`, and so on."""
+    for number in range(_LANES_MAX):
+        with suppress(LaneBusy):
+            return Lane(repo, stream, f"{stream}-{number}")
+    raise LaneBusy(f"stream={stream}: {_LANES_MAX} processes write it already; stop some of them")
 
 
 class Lane:
@@ -53,9 +58,9 @@ class Lane:
         self.root = repo.lanes / name
         self.root.mkdir(parents=True, exist_ok=True)
         self._lock = self._take()
-        remote = repo.remote
-        self._dvc = DvcStore(self.root, repo.cache, remote)
-        self._push = DvcStore(self.root / "push", repo.cache, remote)
+        self._remote = repo.remote
+        self._dvc: DvcStore | None = None
+        self._push = DvcStore(self.root / "push", repo.cache, self._remote)
         self.recover()
 
     def __enter__(self) -> Self:
@@ -66,7 +71,8 @@ class Lane:
 
     def close(self) -> None:
         """Let go of the lane."""
-        self._dvc.close()
+        if self._dvc is not None:
+            self._dvc.close()
         self._push.close()
         os.close(self._lock)
 
@@ -83,105 +89,101 @@ class Lane:
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         return descriptor
 
+    def _shelf(self, seq: int) -> DvcStore:
+        """The DVC directory of a block's shelf; one is open at a time."""
+        root = self.root / layout.shelf(seq)
+        if self._dvc is None or self._dvc.root != root:
+            if self._dvc is not None:
+                self._dvc.close()
+            self._dvc = DvcStore(root, self.repo.cache, self._remote)
+        return self._dvc
+
     def recover(self) -> None:
         """Back to what git says: the pointer as committed, no folder of a block that was never committed."""
-        commit = self.repo.git.head(self._ref)
-        pointer = None if commit is None else self.repo.git.read(commit, f"lanes/{self.name}/{POINTER}")
-        self._dvc.restore_pointer(pointer)
-        known = set()
-        if commit is not None:
-            names = self.repo.git.read_folder(commit, f"lanes/{self.name}/manifests")
-            known = {name.removesuffix(".json") for name in names}
-        tracked = self.root / TRACKED
-        if tracked.is_dir():
-            for folder in tracked.iterdir():
-                if folder.name not in known:
-                    shutil.rmtree(folder)
-
-    @property
-    def _ref(self) -> str:
-        return LANE_REFS + self.name
+        head = self.head()
+        pointer = None
+        if head.commit is not None:
+            path = f"{layout.shelf_path(self.name, head.seq_next)}/{layout.POINTER}"
+            pointer = self.repo.git.read(head.commit, path)
+        self._shelf(head.seq_next).restore_pointer(pointer)
+        shutil.rmtree(self.folder(head.seq_next), ignore_errors=True)
 
     def head(self) -> LaneHead:
         """The lane as committed now."""
-        commit = self.repo.git.head(self._ref)
-        if commit is None:
-            return LaneHead(None, None)
-        # Names sort like sequence numbers: only the newest manifest is parsed.
-        names = self.repo.git.read_folder(commit, f"lanes/{self.name}/manifests")
-        last = Manifest.from_json(names[max(names)]) if names else None
-        return LaneHead(commit, last)
+        return self.repo.lane_head(self.name)
 
     def block_id(self, seq: int) -> str:
-        """Name of a block; sorts like its number."""
-        return f"{self.name}-{seq:09d}"
+        """Name of a block of this lane."""
+        return layout.block_id(self.name, seq)
 
-    def folder(self, block_id: str) -> Path:
+    def folder(self, seq: int) -> Path:
         """Where a block's files are made."""
-        return self.root / TRACKED / block_id
+        return self.repo.lane_folder(self.name, seq)
 
-    def path_in_repository(self, block_id: str, split: str) -> str:
-        """A file's path as the manifest names it."""
-        return f"lanes/{self.name}/{TRACKED}/{block_id}/{split}.parquet"
-
-    def commit(self, manifest: Manifest, head: LaneHead, *, gaps: AbstractSet[int] = frozenset()) -> LaneHead:
+    def commit(
+        self,
+        manifest: Manifest,
+        head: LaneHead,
+        *,
+        gaps: AbstractSet[int] = frozenset(),
+        tell: Tell = _nobody,
+    ) -> LaneHead:
         """Make a block exist: DVC add, then one git commit on top of `head`.
 
         `gaps` names partitions whose next offset may jump, because the topic no longer holds what is between.
 
         Raises:
-            LaneConflict: another writer committed since `head`, or an offset does not continue the last.
+            LaneConflict: another writer committed since `head`, or took one of the lane's partitions,
+                or an offset does not continue the last.
         """
         self._check_continuation(manifest, head, gaps)
-        prefix = f"lanes/{self.name}"
-        files = {f"{prefix}/manifests/{manifest.block_id}.json": manifest.to_json()}
+        reached = advanced(head.frontier, manifest.incarnation, manifest.next_offsets)
+        shelf = layout.shelf_path(self.name, manifest.seq)
+        files = {
+            layout.manifest_path(self.name, manifest.seq): manifest.to_json(),
+            layout.frontier_path(self.name): frontier.to_json(reached),
+        }
         if manifest.files:
-            files[f"{prefix}/{POINTER}"] = self._dvc.add(self.folder(manifest.block_id))
-            files[f"{prefix}/.gitignore"] = f"/{TRACKED}\n".encode()
+            fsync_folder(self.folder(manifest.seq))
+            tell(Step.SYNCED)
+            files[f"{shelf}/{layout.POINTER}"] = self._shelf(manifest.seq).add(self.folder(manifest.seq))
+            tell(Step.ADDED)
+            files[f"{shelf}/.gitignore"] = f"/{layout.TRACKED}\n".encode()
         message = f"Seal {manifest.block_id}"
-        commit = self.repo.git.commit(self._ref, head.commit, message, files=files)
-        return LaneHead(commit, manifest)
+        commit = self.repo.git.commit(layout.lane_ref(self.name), head.commit, message, files=files)
+        return LaneHead(commit, manifest, reached)
 
     def _check_continuation(self, manifest: Manifest, head: LaneHead, gaps: AbstractSet[int]) -> None:
-        if (now := self.repo.git.head(self._ref)) != head.commit:
+        if (now := self.repo.git.head(layout.lane_ref(self.name))) != head.commit:
             raise LaneConflict(
                 f"lane={self.name}: moved from {head.commit} to {now} by another writer; start over from the manifests"
             )
         if manifest.seq != head.seq_next:
             raise LaneConflict(f"lane={self.name}: block {manifest.seq} where {head.seq_next} is next")
-        if head.last is None or head.last.incarnation != manifest.incarnation:
-            return
-        starts = {part.partition: part.start for part in manifest.offsets}
-        for partition, expected in head.last.next_offsets.items():
-            start = starts.get(partition)
-            if start != expected and not (partition in gaps and start is not None and start > expected):
+        reached = self.repo.frontier(self.stream).get(manifest.incarnation, {})
+        for part in manifest.offsets:
+            expected = reached.get(part.partition, part.start)
+            if part.start != expected and not (part.partition in gaps and part.start > expected):
                 raise LaneConflict(
-                    f"lane={self.name}: partition {partition} starts at {start}, next offset is {expected}; "
+                    f"lane={self.name}: partition {part.partition} starts at {part.start}, next offset is {expected}; "
                     "start over from the manifests"
                 )
-
-    def manifests(self) -> list[Manifest]:
-        """All committed manifests, oldest first."""
-        commit = self.repo.git.head(self._ref)
-        return [] if commit is None else self.repo.lane_manifests(commit, self.name)
-
-    def rows(self, manifest: Manifest) -> list[Row]:
-        """All rows of a committed block, whatever their split.
-
-        Raises:
-            DataCorrupt: a file is in neither the lane, nor the cache, nor the remote.
-        """
-        splits = [file.split for file in manifest.files if file.split != REJECTS]
-        paths = [self.folder(manifest.block_id) / f"{split}.parquet" for split in splits]
-        if not all(path.exists() for path in paths):
-            self._dvc.checkout([self.root / POINTER])
-        return [row for path in paths for row in read_rows(path)]
 
     def push(self) -> None:
         """Copy the lane's data to the DVC remote; may run in a thread beside :meth:`commit`.
 
+        What was pushed is remembered by shelf, so that a push costs what is new.
+
         Raises:
             RepositoryError: the remote cannot be reached or refuses.
         """
-        if self._push.copy_pointer(self.root):
+        done = self._push.root / "done"
+        known = done.read_text(encoding="utf-8") if done.exists() else ""
+        shelves = sorted(path.parent for path in self.root.glob(f"[0-9]*/{layout.POINTER}"))
+        for shelf in shelves:
+            if shelf.name < known:
+                continue
+            self._push.copy_pointer(shelf)
             self._push.push()
+            # A torn name sorts before the right one: then a shelf is pushed twice.
+            done.write_text(shelf.name, encoding="utf-8")

@@ -5,42 +5,53 @@
     LANES/<lane>/     where one writer's blocks are made, see `ingest.lane`
 
 Each lane has a ref of its own, `refs/heads/lanes/<lane>`, and its own folder `lanes/<lane>/` in the tree,
-so that merging lanes into main can never conflict.
+so that merging lanes into main can never conflict. What stands where is in `ingest.layout`.
 """
 
 from __future__ import annotations
 
+import secrets
 from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Final
 
-from ingest.dvcstore import POINTER, DvcStore, dvc_config
+from ingest import frontier, layout
+from ingest.dvcstore import DvcStore, dvc_config
 from ingest.errors import DataCorrupt, LaneConflict, RepositoryError
+from ingest.frontier import Frontier, furthest
 from ingest.gitstore import GitStore
+from ingest.layout import LANE_REFS, MAIN, lane_order, stream_of
 from ingest.manifest import Manifest
-from ingest.parquet import file_sha256, read_rows
+from ingest.ownership import Ownership
+from ingest.parquet import REJECTS, file_sha256, read_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
     from typing import Self
 
     from ingest.lane import Lane
+    from ingest.parquet import Row
     from ingest.record import Record
 
-MAIN: Final = "refs/heads/main"
-LANE_REFS: Final = "refs/heads/lanes/"
+_IDENTITY: Final = ".tidegate-id"
 # Writers of main are a few processes of one service; each try takes milliseconds.
 _TRIES: Final = 50
 
 
-def stream_of(lane: str) -> str:
-    """The stream a lane belongs to: `support-desk-0` is lane 0 of `support-desk`."""
-    return lane.rpartition("-")[0]
+@dataclass(frozen=True)
+class LaneHead:
+    """Where a lane stands: its commit, its newest manifest (None: no block yet), and how far it has read."""
 
+    commit: str | None
+    last: Manifest | None
+    frontier: Frontier = field(default_factory=dict)
 
-def _lane_order(lane: str) -> tuple[str, int]:
-    stream, _, number = lane.rpartition("-")
-    return (stream, int(number)) if number.isdigit() else (lane, -1)
+    @property
+    def seq_next(self) -> int:
+        """Sequence number of the next block."""
+        return 1 if self.last is None else self.last.seq + 1
 
 
 class PinnedData:
@@ -63,7 +74,7 @@ class PinnedData:
             return None
         if manifest.lane not in self._ready:
             # All blocks of a lane at once: hard links, so it costs per file, not per byte.
-            self._dvc.checkout([self.root / "lanes" / manifest.lane / POINTER])
+            self._dvc.checkout(sorted((self.root / "lanes" / manifest.lane).glob(f"*/{layout.POINTER}")))
             self._ready.add(manifest.lane)
         path = self.root / entry.path
         if not path.is_file():
@@ -115,9 +126,24 @@ class DataRepository:
             ".dvcignore": b"",
         }
         head = repo.git.head(MAIN)
+        if head is None or repo.git.read(head, _IDENTITY) is None:
+            files[_IDENTITY] = f"{secrets.token_hex(6)}\n".encode()
         if head is None or any(repo.git.read(head, path) != data for path, data in files.items()):
             repo.commit_files(files, "Set up the data repository")
         return repo
+
+    @property
+    def identity(self) -> str:
+        """A random name of this repository, drawn when it was made: two services never share a consumer group.
+
+        Raises:
+            RepositoryError: main has none.
+        """
+        head = self.git.head(MAIN)
+        found = None if head is None else self.git.read(head, _IDENTITY)
+        if found is None:
+            raise RepositoryError(f"{self.root}: has no {_IDENTITY} on main; set it up with `tidegate init`")
+        return found.decode().strip()
 
     @property
     def remote(self) -> str:
@@ -144,16 +170,74 @@ class DataRepository:
 
         return Lane(self, stream, lane)
 
+    def ownership(self, stream: str) -> Ownership:
+        """Which of the stream's lanes may write which partition."""
+        return Ownership(self.git, stream, LANE_REFS)
+
     def lane_heads(self, stream: str | None = None) -> dict[str, str]:
         """Lane to commit, of one stream or of all, in the order of lanes."""
         heads = {ref.removeprefix(LANE_REFS): commit for ref, commit in self.git.refs(LANE_REFS).items()}
         lanes = [lane for lane in heads if stream is None or stream_of(lane) == stream]
-        return {lane: heads[lane] for lane in sorted(lanes, key=_lane_order)}
+        return {lane: heads[lane] for lane in sorted(lanes, key=lane_order)}
+
+    def lane_head(self, lane: str) -> LaneHead:
+        """Where a lane stands now; reads two small files, however long its history."""
+        commit = self.git.head(layout.lane_ref(lane))
+        if commit is None:
+            return LaneHead(None, None)
+        reached = frontier.from_json(self.git.read(commit, layout.frontier_path(lane)))
+        shelves = self.git.folders(commit, f"lanes/{lane}")
+        # Names sort like sequence numbers: only the newest manifest is parsed.
+        names = self.git.read_folder(commit, f"lanes/{lane}/{max(shelves)}/manifests") if shelves else {}
+        last = Manifest.from_json(names[max(names)]) if names else None
+        return LaneHead(commit, last, reached)
+
+    def frontier(self, stream: str) -> Frontier:
+        """How far the stream's topic has been read, by all its lanes together."""
+        heads = self.lane_heads(stream)
+        files = (self.git.read(commit, layout.frontier_path(lane)) for lane, commit in heads.items())
+        return furthest(frontier.from_json(data) for data in files)
 
     def lane_manifests(self, commit: str, lane: str) -> list[Manifest]:
         """A lane's manifests at a commit, oldest first."""
-        files = self.git.read_folder(commit, f"lanes/{lane}/manifests")
-        return sorted((Manifest.from_json(data) for data in files.values()), key=lambda m: m.seq)
+        shelves = sorted(self.git.folders(commit, f"lanes/{lane}"))
+        return [
+            Manifest.from_json(data)
+            for shelf in shelves
+            for _, data in sorted(self.git.read_folder(commit, f"lanes/{lane}/{shelf}/manifests").items())
+        ]
+
+    def manifest(self, block_id: str) -> Manifest | None:
+        """One block's manifest as committed now, in constant time; None: there is no such block."""
+        lane, _, number = block_id.rpartition("-")
+        commit = self.git.head(layout.lane_ref(lane)) if number.isdigit() and int(number) else None
+        data = None if commit is None else self.git.read(commit, layout.manifest_path(lane, int(number)))
+        return None if data is None else Manifest.from_json(data)
+
+    def lane_folder(self, lane: str, seq: int) -> Path:
+        """Where a lane makes a block's files, and keeps them."""
+        return self.lanes / lane / layout.shelf(seq) / layout.TRACKED / layout.block_id(lane, seq)
+
+    def rows(self, manifest: Manifest) -> list[Row]:
+        """All rows of a committed block of any lane, whatever their split.
+
+        Raises:
+            DataCorrupt: a file is in neither the lane, nor the cache, nor the remote.
+        """
+        splits = [file.split for file in manifest.files if file.split != REJECTS]
+        folder = self.lane_folder(manifest.lane, manifest.seq)
+        paths = [folder / f"{split}.parquet" for split in splits]
+        if all(path.exists() for path in paths):
+            return [row for path in paths for row in read_rows(path)]
+        # Main has DVC's settings beside the lanes.
+        revision = self.pin(manifest.stream)
+        with TemporaryDirectory(prefix="restore-", dir=self.lanes) as name:
+            pinned = self.checkout(revision, Path(name) / "clone")
+            try:
+                found = [pinned.file(manifest, split) for split in splits]
+                return [row for path in found if path is not None for row in read_rows(path)]
+            finally:
+                pinned.close()
 
     def manifests(self, stream: str, revision: str | None = None) -> list[Manifest]:
         """A stream's manifests by lane and sequence: those of a revision, or all that are committed now.
@@ -165,7 +249,7 @@ class DataRepository:
             at = self.lane_heads(stream)
         else:
             lanes = [lane for lane in self.git.folders(revision, "lanes") if stream_of(lane) == stream]
-            at = dict.fromkeys(sorted(lanes, key=_lane_order), revision)
+            at = dict.fromkeys(sorted(lanes, key=lane_order), revision)
         return [manifest for lane, commit in at.items() for manifest in self.lane_manifests(commit, lane)]
 
     def pin(self, stream: str) -> str:

@@ -1,4 +1,4 @@
-"""Where reading starts: decided from the manifests, never from what a consumer group once committed."""
+"""Where reading starts: decided from what is committed, never from what a consumer group once committed."""
 
 from __future__ import annotations
 
@@ -9,50 +9,60 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ingest.broker import TopicInfo
-    from ingest.lane import LaneHead
-    from ingest.manifest import Manifest
+    from ingest.ownership import Owners
 
 
 @dataclass(frozen=True)
 class Start:
-    """Offsets to read from, and what an operator should hear about.
+    """The topic's name, offsets to read from by partition, and what an operator should hear about.
 
-    `gaps`: partitions whose next messages the topic has dropped before they were read (retention).
-    `renewed`: the topic was deleted and made anew, or lost messages: it is read from its beginning,
-    and what is known already counts as duplicate.
+    `gaps`: how many offsets of a partition the topic has dropped before they were read (retention).
     """
 
     incarnation: str
-    offsets: dict[int, int]
-    gaps: frozenset[int]
-    renewed: bool
+    offsets: Mapping[int, int]
+    gaps: Mapping[int, int]
 
 
-def _continues(last: Manifest, info: TopicInfo, bounds: Mapping[int, tuple[int, int]], marks_agree: bool) -> bool:
-    """Whether this is the topic the last block was read from."""
-    if last.topic != info.name or not marks_agree:
+def _continues(
+    owners: Owners, info: TopicInfo, reached: Mapping[int, int], bounds: Mapping[int, tuple[int, int]]
+) -> bool:
+    """Whether this is the topic that was read before."""
+    if not owners.incarnation or owners.topic != info.name:
         return False
-    if info.topic_id is not None and not last.incarnation.startswith(info.topic_id):
+    if info.topic_id is not None and not owners.incarnation.startswith(info.topic_id):
         return False
-    return all(p in bounds and bounds[p][1] >= end for p, end in last.next_offsets.items())
+    return all(p in bounds and bounds[p][1] >= end for p, end in reached.items())
 
 
-def plan_start(
-    info: TopicInfo, head: LaneHead, bounds: Mapping[int, tuple[int, int]], *, marks_agree: bool = True
-) -> Start:
-    """Continue after the newest manifest, or begin with a new incarnation of the topic.
+def incarnation_of(
+    info: TopicInfo,
+    owners: Owners,
+    reached: Mapping[int, int],
+    bounds: Mapping[int, tuple[int, int]],
+    *,
+    marks_agree: bool = True,
+) -> str:
+    """The topic's name: the one it had, or a new one if it was deleted and made anew, or lost messages.
 
-    `bounds` are first and next offset by partition. A broker without topic ids is recognised by offsets that went back,
-    and by `marks_agree`: whether the last message read is still the one at its offset.
+    `reached` is how far the topic of the known name has been read, `bounds` are first and next offset by partition.
+    A broker without topic ids is recognised by offsets that went back, and by `marks_agree`: whether the last message
+    read is still the one at its offset.
     """
-    first = {partition: bound[0] for partition, bound in bounds.items()}
-    last = head.last
-    if last is not None and _continues(last, info, bounds, marks_agree):
-        wanted = {p: last.next_offsets.get(p, first[p]) for p in bounds}
-        gaps = frozenset(p for p in last.next_offsets if first[p] > wanted[p])
-        return Start(last.incarnation, {p: max(wanted[p], first[p]) for p in bounds}, gaps, renewed=False)
-    # The sequence number makes the name unique, also when offsets of one topic went back.
+    if marks_agree and _continues(owners, info, reached, bounds):
+        return owners.incarnation
     name = info.topic_id or "local"
-    used = last is not None and last.incarnation.startswith(name)
-    incarnation = f"{name}.{head.seq_next}" if used or info.topic_id is None else name
-    return Start(incarnation, first, frozenset(), renewed=last is not None)
+    # The count makes the name unique, also when offsets of one topic went back.
+    used = info.topic_id is None or owners.incarnation.startswith(name)
+    return f"{name}.{owners.renewals + 1}" if used else name
+
+
+def plan_start(incarnation: str, reached: Mapping[int, int], bounds: Mapping[int, tuple[int, int]]) -> Start:
+    """Continue each partition of `bounds` where its blocks end; one never read starts at what the topic holds."""
+    offsets, gaps = {}, {}
+    for partition, (first, _) in bounds.items():
+        wanted = reached.get(partition, first)
+        offsets[partition] = max(wanted, first)
+        if first > wanted:
+            gaps[partition] = first - wanted
+    return Start(incarnation, offsets, gaps)

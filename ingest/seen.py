@@ -1,45 +1,86 @@
-"""Which records are already in a block: a small SQLite file beside the lane.
+"""Which records are in a block, or about to be: a small SQLite file beside a stream's lanes, shared by their processes.
 
-It is a cache of the blocks, never a truth of its own: it is written after the commit, brought up to date
-from the blocks when it is behind, and made anew when it disagrees or is broken. It never leaves the workspace.
+`seen` holds the identities of committed blocks; `claim` those of blocks under way, each with the one message it stands
+for. A claim belongs to a message, not to a process: while another lane holds it, every other delivery of the record is
+its duplicate, and if that lane dies, whoever reads the message again finds the claim its own. So each record ends up in
+exactly one block, whichever lanes its deliveries reach, and no lane waits for another's commit.
+
+The file is a cache: it is brought up to date from the blocks when it is behind, and made anew when it disagrees
+or is broken. A claim that is lost with it is made again with its message, which is still unread. It holds hashes only,
+and never leaves the workspace.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import sqlite3
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
+from ingest.layout import block_id
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from ingest.broker import Message
-    from ingest.lane import Lane
-    from ingest.manifest import Manifest
+    from ingest.frontier import Frontier
+    from ingest.manifest import Manifest, OffsetRange
     from ingest.record import Record
+    from ingest.repository import DataRepository
 
-Identity = tuple[str, str]
-"""user_id, event_id. Two users' events of the same id have nothing to do with each other."""
-
+# A claim of another process takes a fraction of a second; a minute means a stopped process or a dead disk.
+_BUSY_SECONDS: Final = 60.0
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS seen (
-    user_id TEXT, event_id TEXT, digest BLOB NOT NULL, PRIMARY KEY (user_id, event_id)
+    identity BLOB PRIMARY KEY, digest BLOB NOT NULL
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS block (seq INTEGER NOT NULL, nonce TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS mark (partition INTEGER PRIMARY KEY, offset INTEGER NOT NULL, digest BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS claim (
+    identity BLOB PRIMARY KEY, digest BLOB NOT NULL,
+    incarnation TEXT NOT NULL, partition INTEGER NOT NULL, offset INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS block (lane TEXT PRIMARY KEY, seq INTEGER NOT NULL, nonce TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS mark (
+    partition INTEGER PRIMARY KEY, incarnation TEXT NOT NULL, offset INTEGER NOT NULL, digest BLOB NOT NULL
+);
+"""
+_TEMPORARY: Final = """
+CREATE TEMP TABLE IF NOT EXISTS batch (
+    row INTEGER PRIMARY KEY, identity BLOB NOT NULL, digest BLOB NOT NULL,
+    partition INTEGER NOT NULL, offset INTEGER NOT NULL
+);
 """
 
 
-def identity_of(record: Record) -> Identity:
-    """What makes two deliveries the same event."""
-    return record.user_id, record.event_id
+@dataclass(frozen=True)
+class Mark:
+    """The last message read of a partition: what is at that offset now tells whether the topic is still the same."""
+
+    offset: int
+    digest: bytes
+
+
+def identity_of(record: Record) -> bytes:
+    """What makes two deliveries the same event: user and event. Two users' events of one id have nothing in common."""
+    text = f"{len(record.user_id)} {record.user_id}{record.event_id}"
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def digest_of(record: Record) -> bytes:
     """Equal for records of equal content, however their JSON was written."""
-    content = json.dumps(record.model_dump(), sort_keys=True, ensure_ascii=True)
+    attributes = None if record.attributes is None else sorted(record.attributes.items())
+    # `repr` quotes every text, so that no two contents have the same.
+    content = repr(
+        (
+            record.schema_version,
+            record.domain,
+            record.prompt,
+            record.completion,
+            record.label,
+            record.occurred_at,
+            attributes,
+        )
+    )
     return hashlib.blake2b(content.encode(), digest_size=16).digest()
 
 
@@ -52,7 +93,7 @@ def mark_of(message: Message) -> bytes:
 
 
 class SeenIndex:
-    """Identity to content of everything in the lane's blocks. A context manager."""
+    """Identity to content of everything in a stream's blocks. A context manager."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -66,15 +107,19 @@ class SeenIndex:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
         self._db.close()
 
     def _open(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._path, isolation_level=None)
+        db = sqlite3.connect(self._path, isolation_level=None, timeout=_BUSY_SECONDS)
         try:
-            # A power cut may lose the last blocks' entries, which are then read from the blocks; it breaks nothing.
+            # A power cut may lose the last entries, which are then read from the blocks; it breaks nothing.
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=NORMAL")
-            db.executescript(_SCHEMA)
+            db.executescript(_SCHEMA + _TEMPORARY)
         except sqlite3.DatabaseError:
             db.close()
             raise
@@ -84,56 +129,156 @@ class SeenIndex:
         for suffix in ("", "-wal", "-shm"):
             self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
 
-    def _last(self) -> tuple[int, str]:
-        found: tuple[int, str] | None = self._db.execute("SELECT seq, nonce FROM block").fetchone()
-        return found or (0, "")
+    def _transaction(self) -> _Transaction:
+        return _Transaction(self._db)
 
-    def reconcile(self, lane: Lane) -> int:
-        """Bring the index up to the lane's newest block; returns how many blocks had to be read.
+    def reconcile(self, repo: DataRepository, stream: str, fence: Callable[[], None]) -> int:
+        """Bring the index up to the newest blocks of all lanes; returns how many blocks had to be read.
+
+        `fence` is called before an index is made anew: it must keep the other lanes from committing what they claimed.
 
         Raises:
             DataCorrupt: a block's file is nowhere to be had.
         """
-        manifests = lane.manifests()
-        seq, nonce = self._last()
-        known = {manifest.seq: manifest.nonce for manifest in manifests}
-        if seq and known.get(seq) != nonce:
-            # Another history than the one it was made from, such as a restored backup.
-            self._db.executescript("DELETE FROM seen; DELETE FROM block; DELETE FROM mark;")
-            seq = 0
-        behind = [manifest for manifest in manifests if manifest.seq > seq]
-        for manifest in behind:
-            entries = ((identity_of(record), digest_of(record)) for _, _, record in lane.rows(manifest))
-            self.add(manifest, entries, {})
-        return len(behind)
+        known = {lane: (seq, nonce) for lane, seq, nonce in self._db.execute("SELECT lane, seq, nonce FROM block")}
+        if self._is_of_another_history(repo, known) or (not known and repo.lane_heads(stream)):
+            fence()
+            with self._transaction():
+                for table in ("seen", "claim", "block", "mark"):
+                    self._db.execute(f"DELETE FROM {table}")  # noqa: S608 - names from this line
+            known = {}
+        # Before the heads: a claim below it is of a block that the heads have.
+        reached = repo.frontier(stream)
+        read = 0
+        for lane in repo.lane_heads(stream):
+            last = repo.lane_head(lane).last
+            for seq in range(known.get(lane, (0, ""))[0] + 1, 1 if last is None else last.seq + 1):
+                manifest = repo.manifest(block_id(lane, seq))
+                if manifest is not None:
+                    self._take_in(manifest, (record for _, _, record in repo.rows(manifest)))
+                    read += 1
+        self._settle(reached)
+        return read
 
-    def digests(self, identities: Iterable[Identity]) -> dict[Identity, bytes]:
-        """Content digests of those identities that are in a block."""
-        query = "SELECT digest FROM seen WHERE user_id = ? AND event_id = ?"
-        found = {}
-        for identity in identities:
-            row = self._db.execute(query, identity).fetchone()
-            if row is not None:
-                found[identity] = row[0]
-        return found
+    @staticmethod
+    def _is_of_another_history(repo: DataRepository, known: Mapping[str, tuple[int, str]]) -> bool:
+        """Whether the index was made from other blocks than there are, such as before a backup was restored."""
+        for lane, (seq, nonce) in known.items():
+            last = repo.manifest(block_id(lane, seq))
+            if last is None or last.nonce != nonce:
+                return True
+        return False
 
-    def add(
-        self, manifest: Manifest, entries: Iterable[tuple[Identity, bytes]], marks: Mapping[int, tuple[int, bytes]]
-    ) -> None:
-        """Take in a committed block, as one transaction. `marks`: last message read, by partition."""
-        self._db.execute("BEGIN")
-        self._db.executemany(
-            "INSERT OR IGNORE INTO seen VALUES (?, ?, ?)", ((*identity, digest) for identity, digest in entries)
+    def _take_in(self, manifest: Manifest, records: Iterable[Record]) -> None:
+        with self._transaction():
+            self._db.executemany(
+                "INSERT OR IGNORE INTO seen VALUES (?, ?)", ((identity_of(r), digest_of(r)) for r in records)
+            )
+            self._know(manifest)
+
+    def _know(self, manifest: Manifest) -> None:
+        # Never back: another process may have read a later block meanwhile.
+        self._db.execute(
+            "INSERT INTO block VALUES (?, ?, ?) ON CONFLICT (lane) DO UPDATE "
+            "SET seq = excluded.seq, nonce = excluded.nonce WHERE excluded.seq > seq",
+            (manifest.lane, manifest.seq, manifest.nonce),
         )
-        self._db.execute("DELETE FROM block")
-        self._db.execute("INSERT INTO block VALUES (?, ?)", (manifest.seq, manifest.nonce))
-        self._db.executemany(
-            "INSERT OR REPLACE INTO mark VALUES (?, ?, ?)",
-            ((partition, offset, digest) for partition, (offset, digest) in marks.items()),
-        )
-        self._db.execute("COMMIT")
 
-    def marks(self) -> dict[int, tuple[int, bytes]]:
-        """Last message of the newest block, by partition: offset and digest."""
-        rows = self._db.execute("SELECT partition, offset, digest FROM mark")
-        return {partition: (offset, digest) for partition, offset, digest in rows}
+    def _settle(self, reached: Frontier) -> None:
+        """Drop the claims of messages that have been read: they are in `seen`, or in no block."""
+        with self._transaction():
+            for incarnation, nexts in reached.items():
+                for partition, end in nexts.items():
+                    self._db.execute(
+                        "DELETE FROM claim WHERE incarnation = ? AND partition = ? AND offset < ?",
+                        (incarnation, partition, end),
+                    )
+
+    def has_others(self, incarnation: str) -> bool:
+        """Whether messages of another incarnation of the topic hold claims."""
+        found = self._db.execute("SELECT 1 FROM claim WHERE incarnation != ? LIMIT 1", (incarnation,)).fetchone()
+        return found is not None
+
+    def forget_others(self, incarnation: str) -> None:
+        """Drop the claims of messages of a topic that is no more: nobody will ever read them again."""
+        with self._transaction():
+            self._db.execute("DELETE FROM claim WHERE incarnation != ?", (incarnation,))
+
+    def forget_dropped(self, incarnation: str, partition: int, first: int) -> None:
+        """Drop the claims of messages that a topic no longer holds: those before its first offset."""
+        with self._transaction():
+            self._db.execute(
+                "DELETE FROM claim WHERE incarnation = ? AND partition = ? AND offset < ?",
+                (incarnation, partition, first),
+            )
+
+    def claim(
+        self,
+        incarnation: str,
+        spans: Collection[OffsetRange],
+        found: Sequence[tuple[bytes, bytes, int, int]],
+    ) -> dict[int, bytes]:
+        """Claim identities for the messages that hold them; returns what of them is another message's already.
+
+        `found` holds (identity, digest, partition, offset) of each record that the batch would accept, in its order;
+        `spans` the offsets the batch covers, whose older claims are void. The answer maps a place in `found`
+        to the digest its identity stands for. One transaction: of two lanes with the same record one comes first.
+        """
+        with self._transaction():
+            self._db.executemany(
+                "DELETE FROM claim WHERE incarnation = ? AND partition = ? AND offset >= ? AND offset < ?",
+                ((incarnation, span.partition, span.start, span.end) for span in spans),
+            )
+            self._db.execute("DELETE FROM batch")
+            self._db.executemany(
+                "INSERT INTO batch VALUES (?, ?, ?, ?, ?)", ((row, *entry) for row, entry in enumerate(found))
+            )
+            known: dict[int, bytes] = dict(
+                self._db.execute("SELECT row, seen.digest FROM batch JOIN seen USING (identity)")
+            )
+            self._db.execute(
+                "INSERT OR IGNORE INTO claim SELECT identity, digest, ?, partition, offset FROM batch "
+                "WHERE NOT EXISTS (SELECT 1 FROM seen WHERE seen.identity = batch.identity) ORDER BY row",
+                (incarnation,),
+            )
+            known.update(
+                self._db.execute(
+                    "SELECT row, claim.digest FROM batch JOIN claim USING (identity) WHERE claim.incarnation != ? "
+                    "OR claim.partition != batch.partition OR claim.offset != batch.offset",
+                    (incarnation,),
+                )
+            )
+            self._db.execute("DELETE FROM batch")
+        return known
+
+    def settle(self, manifest: Manifest, marks: Mapping[int, Mark]) -> None:
+        """A block was committed: what it claimed is seen. `marks`: last message read, by partition."""
+        with self._transaction():
+            for span in manifest.offsets:
+                where = (manifest.incarnation, span.partition, span.start, span.end)
+                of_span = "FROM claim WHERE incarnation = ? AND partition = ? AND offset >= ? AND offset < ?"
+                self._db.execute(f"INSERT OR IGNORE INTO seen SELECT identity, digest {of_span}", where)
+                self._db.execute(f"DELETE {of_span}", where)
+            self._know(manifest)
+            self._db.executemany(
+                "INSERT OR REPLACE INTO mark VALUES (?, ?, ?, ?)",
+                ((p, manifest.incarnation, mark.offset, mark.digest) for p, mark in marks.items()),
+            )
+
+    def marks(self, incarnation: str) -> dict[int, Mark]:
+        """Last message read of each partition of an incarnation, as far as known."""
+        rows = self._db.execute("SELECT partition, offset, digest FROM mark WHERE incarnation = ?", (incarnation,))
+        return {partition: Mark(offset, digest) for partition, offset, digest in rows}
+
+
+class _Transaction:
+    """Immediate: a reader that would write later could find its snapshot outdated."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+
+    def __enter__(self) -> None:
+        self._db.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._db.execute("ROLLBACK" if kind is not None else "COMMIT")

@@ -211,14 +211,13 @@ class Service:
         return prepare_base(self.stream(stream).base, self.workspace.bases, progress=progress)
 
     def ingester(self, stream: str, on_event: Callable[..., Any] | None = None) -> Ingester:
-        """The consumer of one stream's topic, in its only lane."""
+        """A consumer of one stream's topic, in a lane of its own."""
         from ingest.ingester import Ingester
 
         settings = self.stream(stream)
         policy = self.policy(stream)
         return Ingester(
             stream=stream,
-            lane=f"{stream}-0",
             topic=settings.topic,
             settings=self.kafka(),
             repo=self.repository(),

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
-from ingest.lane import Lane, LaneHead
+from ingest.lane import Lane
+from ingest.layout import data_path
 from ingest.manifest import Counts, DataFile, FrozenPolicy, Manifest, OffsetRange
 from ingest.parquet import write_rows
 from ingest.record import Record
+from ingest.repository import LaneHead
 
 SHA = "0" * 64
 
@@ -61,10 +63,9 @@ def manifest_of(lane: Lane, head: LaneHead, start: int, end: int, **changes: obj
 
 def seal(lane: Lane, head: LaneHead, records: Sequence[Record], start: int) -> LaneHead:
     """Commit records as the train split of the lane's next block."""
-    block_id = lane.block_id(head.seq_next)
     rows = [(0, start + i, record) for i, record in enumerate(records)]
-    sha = write_rows(lane.folder(block_id) / "train.parquet", rows)
-    file = DataFile(path=lane.path_in_repository(block_id, "train"), sha256=sha, split="train")
+    sha = write_rows(lane.folder(head.seq_next) / "train.parquet", rows)
+    file = DataFile(path=data_path(lane.name, head.seq_next, "train"), sha256=sha, split="train")
     counts = Counts(sealed=len(rows), rejected=0, duplicate=0, set_aside=0)
     manifest = manifest_of(lane, head, start, start + len(rows), files=(file,), counts=counts)
     return lane.commit(manifest, head)

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from ingest.broker import KafkaSettings
+from ingest.steps import Step
 from tests.ingest.world import STREAM, World, line, put
 from tests.kafka_servers import ApacheKafka
 
 # DVC's own trie library announces a change of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value will soon:DeprecationWarning")
 
-STEPS = ("written", "dead_lettered", "committed", "indexed", "sealed")
 # Children are forked from a server that has imported Great Expectations once, instead of four seconds each.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["ingest.ingester", "great_expectations", "dvc.repo", "tests.ingest.world"])
@@ -65,7 +65,7 @@ def _messages() -> list[bytes | None]:
 def test_killed_at_every_step(tmp_path: Path, broker: KafkaSettings, topic: str) -> None:
     world = World(tmp_path, broker, topic, block_offsets=60).make()
     put(world.settings, world.topic, _messages(), partitions=3)
-    for nth, step in enumerate(STEPS):
+    for nth, step in enumerate(Step):
         assert _child(world, step, nth=1 + nth % 2) == -signal.SIGKILL
     # Between two steps, from outside.
     assert _child(world, kill_after=3) == -signal.SIGKILL
@@ -74,7 +74,7 @@ def test_killed_at_every_step(tmp_path: Path, broker: KafkaSettings, topic: str)
     assert len(world.repo.manifests(STREAM)) >= 502 // 60
     # Nothing is left over that git does not know.
     known = {manifest.block_id for manifest in world.repo.manifests(STREAM)}
-    assert {folder.name for folder in (tmp_path / "lanes" / "desk-0" / "blocks").iterdir()} <= known
+    assert {folder.name for folder in (tmp_path / "lanes" / "desk-0").glob("0*/blocks/*")} <= known
 
 
 def test_apache_kafka_killed_too(tmp_path: Path, apache_kafka: ApacheKafka, topic: str) -> None:

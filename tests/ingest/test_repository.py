@@ -43,8 +43,10 @@ def test_blocks_round_trip_through_pin_and_clone(repo: DataRepository, tmp_path:
         head = seal(lane, lane.head(), records, 0)
         head = seal(lane, head, [record(3)], 3)
         assert lane.head() == head
-        assert [m.seq for m in lane.manifests()] == [1, 2]
-        assert [r for _, _, r in lane.rows(lane.manifests()[0])] == records
+    assert [m.seq for m in repo.manifests("s")] == [1, 2]
+    assert [r for _, _, r in repo.rows(repo.manifests("s")[0])] == records
+    assert repo.manifest("s-0-000000002") == repo.manifests("s")[1]
+    assert [repo.manifest(name) for name in ("s-0-000000003", "s-0-0", "t-0-000000001", "s", "")] == [None] * 5
     revision = repo.pin("s")
     assert repo.pin("s") == revision
     manifests = repo.manifests("s", revision)
@@ -71,9 +73,9 @@ def test_a_pinned_revision_does_not_grow_and_a_clone_can_move_on(repo: DataRepos
 
 
 def test_streams_and_lanes_do_not_mix(repo: DataRepository) -> None:
-    for stream, name in (("s", "s-0"), ("s", "s-1"), ("s-0", "s-0-0"), ("t", "t-0")):
+    for stream, name, start in (("s", "s-0", 0), ("s", "s-1", 1), ("s-0", "s-0-0", 0), ("t", "t-0", 0)):
         with repo.lane(stream, name) as lane:
-            lane.commit(manifest_of(lane, lane.head(), 0, 1), lane.head())
+            lane.commit(manifest_of(lane, lane.head(), start, start + 1), lane.head())
     assert [m.lane for m in repo.manifests("s")] == ["s-0", "s-1"]
     assert [m.lane for m in repo.manifests("s-0")] == ["s-0-0"]
     revision = repo.pin("s")
@@ -90,7 +92,7 @@ def test_the_loser_of_a_compare_and_swap_leaves_nothing(repo: DataRepository) ->
         # The swap itself, past the check before it: what a zombie meets that was stopped in between.
         with pytest.raises(LaneConflict, match="another writer"):
             repo.git.commit("refs/heads/lanes/s-0", stale.commit, "zombie", files={"x": b""})
-        assert len(lane.manifests()) == 1
+        assert len(repo.manifests("s")) == 1
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 2), (2, 3), (5, 6)])
@@ -115,15 +117,15 @@ def test_one_writer_a_lane(repo: DataRepository) -> None:
 def test_what_a_crash_left_is_cleared(repo: DataRepository) -> None:
     with repo.lane("s", "s-0") as lane:
         head = seal(lane, lane.head(), [record(0)], 0)
-        folder = lane.folder(lane.block_id(2))
+        folder = lane.folder(2)
         folder.mkdir()
         (folder / "train.parquet").write_bytes(b"half")
-        lane._dvc.add(folder)  # and killed before the commit
+        lane._shelf(2).add(folder)  # and killed before the commit
     with repo.lane("s", "s-0") as lane:
         assert not folder.exists()
         assert lane.head() == head
         seal(lane, head, [record(1)], 1)
-        pointer = repo.git.read(str(lane.head().commit), "lanes/s-0/blocks.dvc")
+        pointer = repo.git.read(str(lane.head().commit), "lanes/s-0/000001/blocks.dvc")
         assert b"nfiles: 2" in (pointer or b"")
 
 
@@ -162,8 +164,8 @@ def test_data_comes_back_from_the_remote(repo: DataRepository, tmp_path: Path) -
         seal(lane, lane.head(), [record(0)], 0)
         lane.push()
         shutil.rmtree(repo.cache / "files")
-        shutil.rmtree(lane.folder(lane.block_id(1)))
-        assert len(lane.rows(lane.manifests()[0])) == 1
+        shutil.rmtree(lane.folder(1))
+        assert len(repo.rows(repo.manifests("s")[0])) == 1
     shutil.rmtree(repo.cache / "files")
     pinned = repo.checkout(repo.pin("s"), tmp_path / "clone")
     assert pinned.records(repo.manifests("s")[0]) == [record(0)]
@@ -208,7 +210,7 @@ def test_dvc_itself_pulls_in_a_plain_clone(repo: DataRepository, tmp_path: Path)
     clone = tmp_path / "plain"
     subprocess.run(["git", "clone", "--quiet", str(repo.root), str(clone)], check=True)
     subprocess.run([sys.executable, "-m", "dvc", "pull", "--quiet"], check=True, cwd=clone)
-    manifest = Manifest.from_json((clone / "lanes/s-0/manifests/s-0-000000001.json").read_bytes())
+    manifest = Manifest.from_json((clone / "lanes/s-0/000001/manifests/s-0-000000001.json").read_bytes())
     assert (clone / manifest.files[0].path).is_file()
     status = subprocess.run(["git", "status", "--porcelain"], check=True, cwd=clone, capture_output=True, text=True)
     assert status.stdout == ""

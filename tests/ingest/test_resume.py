@@ -1,43 +1,34 @@
-"""Where reading starts, for every state a topic and a lane can be in."""
-
-from pathlib import Path
+"""Where reading starts, for every state a topic and its lanes can be in."""
 
 import pytest
 
 from ingest.broker import TopicInfo
-from ingest.lane import LaneHead
-from ingest.manifest import FrozenPolicy, Manifest, OffsetRange
-from ingest.repository import DataRepository
-from ingest.resume import Start, plan_start
-from tests.ingest.blocks import frozen, manifest_of
+from ingest.ownership import Owners
+from ingest.resume import Start, incarnation_of, plan_start
 
 APACHE = TopicInfo("t", "id-1", (0, 1), 1000)
 EMBEDDED = TopicInfo("t", None, (0, 1), 1000)
+KNOWN = Owners("c", "t", "id-1", 1, {0: ("s-0",)})
+REACHED = {0: 10, 1: 5}
 
 
-@pytest.fixture
-def last(tmp_path: Path) -> Manifest:
-    repo = DataRepository.init(tmp_path / "data", remote=str(tmp_path / "remote"))
-    with repo.lane("s", "s-0") as lane:
-        ranges = (OffsetRange(partition=0, start=0, end=10), OffsetRange(partition=1, start=0, end=5))
-        policy = FrozenPolicy.model_validate(frozen(15))
-        return manifest_of(lane, lane.head(), 0, 10, offsets=ranges, policy=policy, incarnation="id-1")
+def test_the_first_name_is_the_topics_id_where_it_has_one() -> None:
+    assert incarnation_of(APACHE, Owners(), {}, {0: (3, 9)}) == "id-1"
+    assert incarnation_of(EMBEDDED, Owners(), {}, {0: (3, 9)}) == "local.1"
 
 
-def test_the_first_start_is_at_what_the_topic_holds() -> None:
-    bounds = {0: (3, 9), 1: (0, 0)}
-    assert plan_start(APACHE, LaneHead(None, None), bounds) == Start("id-1", {0: 3, 1: 0}, frozenset(), renewed=False)
-    assert plan_start(EMBEDDED, LaneHead(None, None), bounds).incarnation == "local.1"
+def test_it_continues_and_takes_new_partitions() -> None:
+    bounds = {0: (0, 10), 1: (0, 9), 2: (0, 4)}
+    assert incarnation_of(APACHE, KNOWN, REACHED, bounds) == "id-1"
+    assert plan_start("id-1", REACHED, bounds) == Start("id-1", {0: 10, 1: 5, 2: 0}, {})
 
 
-def test_it_continues_and_takes_new_partitions(last: Manifest) -> None:
-    start = plan_start(APACHE, LaneHead("c", last), {0: (0, 10), 1: (0, 9), 2: (0, 4)})
-    assert start == Start("id-1", {0: 10, 1: 5, 2: 0}, frozenset(), renewed=False)
+def test_retention_leaves_a_gap_of_known_size() -> None:
+    assert plan_start("id-1", REACHED, {0: (12, 20), 1: (5, 9)}) == Start("id-1", {0: 12, 1: 5}, {0: 2})
 
 
-def test_retention_leaves_a_gap(last: Manifest) -> None:
-    start = plan_start(APACHE, LaneHead("c", last), {0: (12, 20), 1: (5, 9)})
-    assert start == Start("id-1", {0: 12, 1: 5}, frozenset({0}), renewed=False)
+def test_a_partition_never_read_has_no_gap() -> None:
+    assert plan_start("id-1", {}, {0: (12, 20)}) == Start("id-1", {0: 12}, {})
 
 
 @pytest.mark.parametrize(
@@ -47,12 +38,10 @@ def test_retention_leaves_a_gap(last: Manifest) -> None:
         (APACHE, {0: (0, 9), 1: (0, 99)}, True, "id-1.2"),
         (APACHE, {0: (0, 99)}, True, "id-1.2"),
         (EMBEDDED, {0: (0, 99), 1: (0, 99)}, False, "local.2"),
-        (EMBEDDED, {0: (0, 99), 1: (0, 4)}, True, "local.2"),
         (TopicInfo("other", "id-3", (0, 1), 1000), {0: (0, 99), 1: (0, 99)}, True, "id-3"),
     ],
 )
-def test_another_topic_is_read_from_its_beginning(
-    last: Manifest, info: TopicInfo, bounds: dict[int, tuple[int, int]], agree: bool, incarnation: str
+def test_another_topic_has_another_name(
+    info: TopicInfo, bounds: dict[int, tuple[int, int]], agree: bool, incarnation: str
 ) -> None:
-    start = plan_start(info, LaneHead("c", last), bounds, marks_agree=agree)
-    assert start == Start(incarnation, dict.fromkeys(bounds, 0), frozenset(), renewed=True)
+    assert incarnation_of(info, KNOWN, REACHED, bounds, marks_agree=agree) == incarnation

@@ -81,7 +81,6 @@ class World:
         unit: Any = self.unit
         return Ingester(
             stream=STREAM,
-            lane=LANE,
             topic=self.topic,
             settings=self.settings,
             repo=self.repo,

@@ -1,0 +1,43 @@
+"""How far a topic has been read: next offset by partition, for each incarnation the topic has had.
+
+Every lane commits its own with each block; the stream's is the furthest of all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+Frontier = dict[str, dict[int, int]]
+"""Incarnation to partition to next offset."""
+
+
+def to_json(frontier: Frontier) -> bytes:
+    """As it stands in git."""
+    value = {name: {str(p): nexts[p] for p in sorted(nexts)} for name, nexts in sorted(frontier.items())}
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def from_json(data: bytes | None) -> Frontier:
+    """Read :func:`to_json`; nothing read yet where there is no file."""
+    value: Mapping[str, Mapping[str, int]] = {} if data is None else json.loads(data)
+    return {name: {int(p): end for p, end in nexts.items()} for name, nexts in value.items()}
+
+
+def furthest(frontiers: Iterable[Frontier]) -> Frontier:
+    """What all lanes together have read."""
+    merged: Frontier = {}
+    for frontier in frontiers:
+        for name, nexts in frontier.items():
+            into = merged.setdefault(name, {})
+            for partition, end in nexts.items():
+                into[partition] = max(end, into.get(partition, 0))
+    return merged
+
+
+def advanced(frontier: Frontier, incarnation: str, nexts: Mapping[int, int]) -> Frontier:
+    """A lane's frontier after a block of its own."""
+    return {**frontier, incarnation: {**frontier.get(incarnation, {}), **nexts}}
