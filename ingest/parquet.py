@@ -61,8 +61,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fsync_folder(folder: Path) -> None:
+    """Make a folder's files, their names, and its own name survive a power cut."""
+    for file in folder.iterdir():
+        fsync_path(file)
+    fsync_path(folder)
+    fsync_path(folder.parent)
+
+
 def write_rows(path: Path, rows: Sequence[Row]) -> str:
-    """Write rows durably; returns the file's sha256."""
+    """Write rows; returns the file's sha256. What must survive a power cut needs :func:`fsync_folder` too."""
     columns: dict[str, list[Any]] = {
         "_partition": [partition for partition, _, _ in rows],
         "_offset": [offset for _, offset, _ in rows],
@@ -76,8 +84,6 @@ def write_rows(path: Path, rows: Sequence[Row]) -> str:
 def _write(path: Path, table: Any) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, compression="zstd")
-    fsync_path(path)
-    fsync_path(path.parent)
     return file_sha256(path)
 
 
