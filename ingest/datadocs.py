@@ -96,7 +96,7 @@ class DataDocs:
         fresh = parent / tempfile.mkdtemp(prefix=_UNFINISHED.format(name=name), dir=parent)
         try:
             failed = suite.write_docs(records, fresh, run_name=block_id)
-            said = f"{failed} expectations failed" if failed else "passed"
+            said = f"{failed} of {suite.size} expectations failed" if failed else "every expectation met"
             _close_off(fresh, f"block {block_id}, {len(records)} records: {said}")
             self._take_place(fresh)
         finally:

@@ -266,6 +266,11 @@ class Suite:
         self._suite = gx.ExpectationSuite(name="records", expectations=built)
         self._definition = _definition(context)
 
+    @property
+    def size(self) -> int:
+        """Number of expectations."""
+        return len(self._rules)
+
     def refreshed(self) -> Self:
         """This suite while the file is unchanged, else the file as it is now. Looks at the content only after a stat.
 

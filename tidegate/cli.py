@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "produce": ("tidegate.commands.data", "Put labelled records from JSONL files on a stream's topic."),
     "blocks": ("tidegate.commands.data", "List a stream's sealed blocks."),
     "dlq": ("tidegate.commands.data", "Show rejected records and why they were rejected."),
+    "expectations": ("tidegate.commands.expectations", "Try a stream's suite on records; build its Data Docs."),
     "round": ("tidegate.commands.rounds", "Run one private round now."),
     "reproduce": ("tidegate.commands.rounds", "Verify or rebuild a finished round (what `dvc repro` calls)."),
     "versions": ("tidegate.commands.versions", "List a stream's model versions."),

@@ -96,6 +96,7 @@ class IngestSettings(_Section):
     block_offsets: Annotated[int, Field(ge=1, le=10_000_000)] = 1000
     block_seconds: Annotated[float, Field(gt=0, le=604_800)] = 300.0
     records_per_user_max: Annotated[int, Field(ge=1)] = 32
+    docs_seconds: Annotated[float, Field(ge=0, le=604_800)] = 600.0
 
 
 class PrivacySettings(_Section):

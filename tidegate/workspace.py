@@ -77,6 +77,10 @@ class Workspace:
         """The Great Expectations suite of a stream."""
         return self.root / "expectations" / f"{stream}.yaml"
 
+    def docs(self, stream: str) -> Path:
+        """The Data Docs of a stream: they show people's records, so never outside the workspace."""
+        return self.root / "docs" / stream
+
     def keys(self, directory: str = "keys") -> Path:
         """The folder of signing and split keys."""
         return self.root / directory
