@@ -53,6 +53,7 @@ class DvcStore:
         if remote is not None:
             (dvc_dir / "config").write_text(dvc_config(remote, in_git=False))
         (dvc_dir / "config.local").write_text(local)
+        self._alone = remote is not None
         self._opened: Any = None
 
     @property
@@ -62,6 +63,9 @@ class DvcStore:
             from dvc.exceptions import DvcException
             from dvc.repo import Repo
 
+            if self._alone:
+                # Whoever opens it holds the lane: an entry is of a process that was killed, or torn by that.
+                (self.root / ".dvc" / "tmp" / "rwlock").unlink(missing_ok=True)
             try:
                 self._opened = Repo(str(self.root))
             except DvcException as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import pygit2
@@ -25,6 +26,10 @@ _AUTHOR: Final = ("Tidegate", "tidegate@localhost")
 # Local refs move in milliseconds; a minute means a stale lock or a dead disk.
 _GIT_SECONDS_MAX: Final = 60
 _CLONE_SECONDS_MAX: Final = 600
+# A writer holds a ref's lock for milliseconds, and is given up after a minute: an older lock is that of a dead one.
+_LOCK_SECONDS_MAX: Final = 10.0
+_LOCK_STALE_SECONDS: Final = 2.0 * _GIT_SECONDS_MAX
+_LOCK_LOOK_SECONDS: Final = 0.1
 
 # Objects are on disk before the ref that names them is.
 pygit2.settings.enable_fsync_gitdir(True)
@@ -49,6 +54,19 @@ def _git(*arguments: str, seconds_max: int = _GIT_SECONDS_MAX) -> subprocess.Com
         raise RepositoryError("git: no such command; install git") from None
     except subprocess.TimeoutExpired:
         raise RepositoryError(f"git {arguments[0]}: no end after {seconds_max} s; is the disk alive?") from None
+
+
+def _remove_stale(lock: Path) -> None:
+    """Remove a lock that no process of ours can still hold."""
+    with suppress(FileNotFoundError):
+        if time.time() - lock.stat().st_mtime > _LOCK_STALE_SECONDS:
+            lock.unlink()
+
+
+def _way_out(lock: Path) -> str:
+    if lock.exists():
+        return f"if no git runs there, remove {lock}"
+    return "is the disk full or read-only?"
 
 
 class GitStore:
@@ -163,12 +181,20 @@ class GitStore:
         return new
 
     def _swap(self, ref: str, old: str | None, new: str) -> None:
-        done = _git("--git-dir", str(self.path), "update-ref", ref, new, old or _ABSENT)
-        if done.returncode == 0:
-            return
-        if (now := self.head(ref)) != old:
-            raise LaneConflict(f"{ref}: moved from {old} to {now} by another writer; start over from the manifests")
-        raise RepositoryError(f"{ref}: not moved: {' '.join(done.stderr.split())}")
+        end = time.monotonic() + _LOCK_SECONDS_MAX
+        while True:
+            done = _git("--git-dir", str(self.path), "update-ref", ref, new, old or _ABSENT)
+            if done.returncode == 0:
+                return
+            if (now := self.head(ref)) != old:
+                raise LaneConflict(f"{ref}: moved from {old} to {now} by another writer; start over from the manifests")
+            lock = self.path / f"{ref}.lock"
+            if not lock.exists() and "lock" in done.stderr:
+                continue
+            if time.monotonic() >= end or not lock.exists():
+                raise RepositoryError(f"{ref}: not moved: {' '.join(done.stderr.split())}; {_way_out(lock)}")
+            _remove_stale(lock)
+            time.sleep(_LOCK_LOOK_SECONDS)
 
     def clone(self, revision: str, dest: Path) -> None:
         """Bring a work tree of its own at `dest` to a revision; made if it is not there.

@@ -9,6 +9,7 @@ is given the partition; anywhere after it, the span is done. See `ingest.ownersh
 
 from __future__ import annotations
 
+import gc
 import secrets
 import shutil
 import time
@@ -23,6 +24,7 @@ from structlog import get_logger
 from ingest import layout, metrics
 from ingest.broker import TopicReader, TopicWriter, check, describe_topic, ensure_topic
 from ingest.deadletters import OVERHEAD_BYTES_MAX, headers_of, key_of, topic_of
+from ingest.drift import DriftWatch
 from ingest.errors import BrokerError, LaneConflict, OffsetsGone, SettingError
 from ingest.expectations import Suite
 from ingest.lane import take_free_lane
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ingest.broker import KafkaSettings, Message, TopicInfo
+    from ingest.datadocs import DataDocs
     from ingest.lane import Lane
     from ingest.record import RecordLimits
     from ingest.repository import DataRepository
@@ -62,8 +65,21 @@ _TOPIC_SECONDS: Final = 30.0
 # One message is asked for that is known to be there; only a broker in trouble takes longer.
 _MARK_POLLS: Final = 10
 _MARK_POLL_MS: Final = 500
+# Shares of so many records are known to a percent or two; more of them would say the same.
+_DRIFT_RECORDS: Final = 2500
 # Lanes that name a topic at the same time agree at the second try.
 _NAME_TRIES: Final = 20
+
+
+def spare_collector() -> None:
+    """Keep Python's cyclic collector from walking through the libraries again and again: a third of ingest's time.
+
+    For a process that does nothing but ingest, once its libraries are loaded. Their objects (some hundred thousand)
+    are set apart, and collections come after as many new objects as a block makes.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
 
 
 class _StartOver(Exception):
@@ -129,12 +145,14 @@ class Ingester:
         policy: Callable[[int], Mapping[str, Any]],
         block_offsets: int,
         block_seconds: float,
+        docs: DataDocs | None = None,
         on_event: Callable[[str, Mapping[str, Any]], None] | None = None,
     ) -> None:
         """Check the arguments; touches neither broker nor disk.
 
         `policy(nominal_units)` is frozen into each manifest; `k_per_user` bounds a user's records in one block
-        where `unit` is `user`; `on_event(name, facts)` hears of every step, in the process's own thread but for pushes.
+        where `unit` is `user`; `docs` are built of the newest block when they are due; `on_event(name, facts)`
+        hears of every step, in the process's own thread but for pushes.
 
         Raises:
             SettingError: an argument is out of its bounds, or contradicts the policy.
@@ -153,6 +171,7 @@ class Ingester:
         self.split_key, self.holdout_share = split_key, holdout_share
         self._policy = policy
         self.block_offsets, self.block_seconds = block_offsets, block_seconds
+        self.docs = docs
         self._on_event = on_event
         frozen = self.frozen_policy(block_offsets)
         for name, here in (("unit", unit), ("holdout_share", holdout_share)):
@@ -235,6 +254,7 @@ class _Session:
         self.ownership = lane.repo.ownership(ingester.stream)
         self.seen_path = lane.repo.lanes / f"{ingester.stream}.seen.sqlite3"
         self.seen = SeenIndex(self.seen_path)
+        self.drift = DriftWatch(lane.root / "drift.json", labels=ingester.limits.labels)
         self.head = lane.head()
         self.incarnation = ""
         self.gaps: dict[int, int] = {}
@@ -442,6 +462,7 @@ class _Session:
         of, batch, began = self.of, self.batch, time.monotonic()
         block = self.lane.block_id(self.head.seq_next)
         of.step(Step.POLLED, block)
+        self.suite = self.suite.refreshed()
         judgement = judge(batch.messages, of.limits, self.suite.validate)
         of.step(Step.VALIDATED, block)
         ranges = batch.ranges()
@@ -541,8 +562,22 @@ class _Session:
         self.pusher.notify()
         if outcome.alarms:
             of.alarm("expectation", "expectations on the batch failed", block=manifest.block_id, failed=outcome.alarms)
+        self._watch_content(manifest.block_id, outcome)
         metrics.DEFAULT.count(of.stream, manifest, outcome, read_bytes, seconds)
         facts = {"block": manifest.block_id, "offsets": manifest.nominal_units, "accepted": counts.sealed}
         facts |= {"set_aside": counts.set_aside, "duplicate": counts.duplicate, "rejected": counts.rejected}
         log.info("block sealed", stream=of.stream, seconds=round(seconds, 3), **facts)
         of.event("sealed", manifest=manifest, **facts)
+
+    def _watch_content(self, block: str, outcome: Outcome) -> None:
+        """What operators look at beside the counts: drift, and the Data Docs. Never in ingest's way."""
+        of, records = self.of, outcome.records()
+        try:
+            sample = records[:: 1 + len(records) // _DRIFT_RECORDS]
+            for sentence in self.drift.observe(block, sample):
+                of.alarm("drift", sentence, block=block)
+            # One process of a stream builds them.
+            if of.docs is not None and self.lane.name == f"{of.stream}-0" and of.docs.due(time.monotonic()):
+                of.docs.build(self.suite, records, block_id=block)
+        except Exception as error:  # noqa: BLE001 - the block is committed, whatever a report of it does
+            of.alarm("report", f"{type(error).__name__}: {error}", block=block)

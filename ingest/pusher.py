@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # What a stopping process waits for its last push; the next start pushes what is left.
 _CLOSE_SECONDS: Final = 60.0
+# A push looks at a whole shelf, whatever is new of it: so it takes several blocks at once where they come fast.
+_EVERY_SECONDS: Final = 10.0
 
 
 class Pusher:
@@ -55,3 +57,5 @@ class Pusher:
                 self._lane.push()
             except RepositoryError as error:
                 self._on_failure(error)
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing, _EVERY_SECONDS)

@@ -30,14 +30,21 @@ REASONS_MAX: Final = 8
 _RFC3339 = re.compile(r"\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(\.\d{1,9})?([Zz]|[+-]\d{2}:\d{2})\Z")
 
 
+# UTF-8 needs at most so many bytes for a character.
+_CHARACTER_BYTES_MAX: Final = 4
+
+
 def _short(text: str, bytes_max: int) -> str:
-    if len(text.encode()) > bytes_max:
+    if len(text) * _CHARACTER_BYTES_MAX > bytes_max and len(text.encode()) > bytes_max:
         raise ValueError("too_long")
     return text
 
 
 def _id_sized(text: str) -> str:
-    return _short(text, ID_BYTES_MAX)
+    # As `_short`, without its call: this runs four times a record.
+    if len(text) * _CHARACTER_BYTES_MAX > ID_BYTES_MAX and len(text.encode()) > ID_BYTES_MAX:
+        raise ValueError("too_long")
+    return text
 
 
 def _utc(text: str) -> str:
@@ -151,6 +158,10 @@ def _foreign(value: bytes) -> Reason | None:
     return Reason("encoding", "", f"{what}, which Tidegate does not read; let the producer or a connector write JSON")
 
 
+# Made once: `json.loads` with hooks makes one for each message.
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_constant)
+
+
 def _decode(value: bytes | None) -> Any | Reason:
     """The message as JSON, or why it is none."""
     if value is None:
@@ -160,7 +171,7 @@ def _decode(value: bytes | None) -> Any | Reason:
     except UnicodeDecodeError as error:
         return _foreign(value) or Reason("not_utf8", "", f"not UTF-8 at byte {error.start}; must be UTF-8 JSON")
     try:
-        return json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
+        return _DECODER.decode(text)
     except _DuplicateKeyError:
         return Reason("duplicate_key", "", "a key stands twice in one object; must stand once")
     except json.JSONDecodeError as error:
@@ -223,12 +234,35 @@ def _over_limits(record: Record, limits: RecordLimits) -> tuple[Reason, ...]:
     return tuple(reasons)
 
 
+def _plain(value: bytes) -> Record | None:
+    """The record of a message in plain form, in half the time; None sends it through the thorough way.
+
+    pydantic's own JSON reader keeps the last of two equal keys, which the contract forbids. Without escapes every quote
+    in the text is one of a key's or a text's: so their number tells whether a key stood twice.
+    """
+    if b"\\" in value:
+        return None
+    try:
+        record = Record.model_validate_json(value)
+    except ValidationError:
+        return None
+    given = record.model_fields_set
+    # What has other than one text for a value, a null or an object, is left to the thorough way.
+    nulls = (record.label is None and "label" in given) or (record.occurred_at is None and "occurred_at" in given)
+    if nulls or "attributes" in given:
+        return None
+    quotes = 4 * len(given) - 2 * ("schema_version" in given)
+    return record if value.count(b'"') == quotes else None
+
+
 def parse(value: bytes | None, limits: RecordLimits) -> Record | tuple[Reason, ...]:
     """One message to a record, or to the reasons why it is none (at least one, at most `REASONS_MAX`).
 
     Depends on this message alone, so that one person's message never decides about another's.
     An optional field that is null counts as absent; `schema_version` may be left out and is then 1.
     """
+    if value is not None and (plain := _plain(value)) is not None:
+        return _over_limits(plain, limits) or plain
     decoded = _decode(value)
     if isinstance(decoded, Reason):
         return (decoded,)

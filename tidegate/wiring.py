@@ -212,6 +212,7 @@ class Service:
 
     def ingester(self, stream: str, on_event: Callable[..., Any] | None = None) -> Ingester:
         """A consumer of one stream's topic, in a lane of its own."""
+        from ingest.datadocs import DataDocs
         from ingest.ingester import Ingester
 
         settings = self.stream(stream)
@@ -230,6 +231,7 @@ class Service:
             policy=policy.frozen,
             block_offsets=settings.ingest.block_offsets,
             block_seconds=settings.ingest.block_seconds,
+            docs=DataDocs(self.workspace.docs(stream), settings.ingest.docs_seconds),
             on_event=on_event,
         )
 

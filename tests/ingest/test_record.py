@@ -2,11 +2,13 @@
 
 import inspect
 import json
+import random
 import re
 
 import pytest
 
 from ingest import record
+from ingest import record as record_module
 from ingest.errors import SettingError
 from ingest.record import REASONS_MAX, Record, RecordLimits, parse
 
@@ -128,3 +130,31 @@ def test_impossible_limits_are_named() -> None:
         RecordLimits(frozenset(), None, 1, 1)
     with pytest.raises(SettingError, match="prompt_chars_max=0"):
         RecordLimits(frozenset({"a"}), None, 0, 1)
+
+
+def _scrambled(rng: random.Random) -> bytes:
+    """Nearly a record: keys twice, nulls, objects, quotes, other orders, a byte gone wrong."""
+    keys = ["event_id", "user_id", "domain", "prompt", "completion", "label", "occurred_at", "schema_version"]
+    odd = ["b c", "é", "", None, 1, 'q"', {}, {"a": "b"}, "2026-01-01T00:00:00Z", float("nan")]
+    items: list[tuple[str, object]] = [(k, "a" if rng.random() > 0.05 else rng.choice(odd)) for k in keys[:5]]
+    items += [(k, rng.choice(["a", *odd])) for k in rng.choices([*keys, "attributes", "x"], k=rng.randint(0, 3))]
+    rng.shuffle(items)
+    ascii_only = rng.random() < 0.5
+    text = ",".join(f"{json.dumps(k)}:{json.dumps(v, ensure_ascii=ascii_only)}" for k, v in items)
+    value = bytearray(b"{" + text.encode() + b"}")
+    if rng.random() < 0.1:
+        value[rng.randrange(len(value))] = rng.randrange(256)
+    return bytes(value)
+
+
+def test_the_short_way_through_parse_decides_like_the_thorough_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(1)
+    limits = RecordLimits(frozenset({"a"}), None, 50, 50)
+    values = [_scrambled(rng) for _ in range(30_000)]
+    short = [parse(value, limits) for value in values]
+    taken = sum(record_module._plain(value) is not None for value in values)
+    monkeypatch.setattr(record_module, "_plain", lambda _: None)
+    assert short == [parse(value, limits) for value in values]
+    # Neither way is idle here.
+    accepted = sum(isinstance(result, Record) for result in short)
+    assert 1000 < taken < accepted - 300

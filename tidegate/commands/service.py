@@ -107,9 +107,16 @@ def ingest(given: str | None, stream: str, *, blocks: int | None, idle: float | 
 
     Resumes from the manifests, so that it may be killed at any moment and started again.
     """
+    from ingest.ingester import spare_collector
+
     service = _open(given)
     stop = _stop_on_signals()
-    service.ingester(stream).run(stop, max_blocks=blocks, until_idle_s=idle)
+
+    def heard(name: str, _facts: object) -> None:
+        if name == "resumed":
+            spare_collector()
+
+    service.ingester(stream, heard).run(stop, max_blocks=blocks, until_idle_s=idle)
 
 
 @click.command()
