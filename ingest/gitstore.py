@@ -166,6 +166,20 @@ class GitStore:
         Raises:
             LaneConflict: the ref is not at `old` any more; nothing happened.
         """
+        new = self.write_commit(old, message, files=files, trees=trees, merged=merged)
+        self.move(ref, old, new)
+        return new
+
+    def write_commit(
+        self,
+        old: str | None,
+        message: str,
+        *,
+        files: Mapping[str, bytes] | None = None,
+        trees: Mapping[str, str] | None = None,
+        merged: Sequence[str] = (),
+    ) -> str:
+        """A commit on top of `old` that no ref names yet."""
         leaves = {
             tuple(path.split("/")): (self._repo.create_blob(data), FileMode.BLOB)
             for path, data in (files or {}).items()
@@ -176,11 +190,15 @@ class GitStore:
         tree = self._grown(base, leaves)
         author = pygit2.Signature(*_AUTHOR, int(time.time()), 0)
         parents = ([] if old is None else [old]) + list(merged)
-        new = str(self._repo.create_commit(None, author, author, message, tree, parents))
-        self._swap(ref, old, new)
-        return new
+        return str(self._repo.create_commit(None, author, author, message, tree, parents))
 
-    def _swap(self, ref: str, old: str | None, new: str) -> None:
+    def move(self, ref: str, old: str | None, new: str) -> None:
+        """Move a ref from one commit to another: the compare-and-swap.
+
+        Raises:
+            LaneConflict: the ref is not at `old` any more; nothing happened.
+            RepositoryError: git cannot write it.
+        """
         end = time.monotonic() + _LOCK_SECONDS_MAX
         while True:
             done = _git("--git-dir", str(self.path), "update-ref", ref, new, old or _ABSENT)
@@ -189,9 +207,7 @@ class GitStore:
             if (now := self.head(ref)) != old:
                 raise LaneConflict(f"{ref}: moved from {old} to {now} by another writer; start over from the manifests")
             lock = self.path / f"{ref}.lock"
-            if not lock.exists() and "lock" in done.stderr:
-                continue
-            if time.monotonic() >= end or not lock.exists():
+            if time.monotonic() >= end or not ("lock" in done.stderr or lock.exists()):
                 raise RepositoryError(f"{ref}: not moved: {' '.join(done.stderr.split())}; {_way_out(lock)}")
             _remove_stale(lock)
             time.sleep(_LOCK_LOOK_SECONDS)
@@ -210,6 +226,14 @@ class GitStore:
             self._run("clone", "--quiet", "--shared", "--no-checkout", str(self.path), str(dest))
         # The objects are shared: a new revision needs no fetch.
         self._run("-C", str(dest), "checkout", "--quiet", "--force", "--detach", revision)
+
+    def pack(self) -> None:
+        """Put loose objects into a pack; none is removed, and readers are not held up.
+
+        Raises:
+            RepositoryError: git cannot.
+        """
+        self._run("--git-dir", str(self.path), "repack", "-d", "-l", "-q")
 
     @staticmethod
     def _run(*arguments: str) -> None:

@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "lineage": ("tidegate.commands.insight", "From a version or an answer id back to the topic's offsets."),
     "audit": ("tidegate.commands.insight", "Recompute from the ledger's rows what was spent on whose data."),
     "ask": ("tidegate.commands.insight", "Ask the live version a question."),
+    "gc": ("tidegate.commands.upkeep", "Remove what no version needs from the data repository's cache."),
     "demo": ("tidegate.commands.demo", "The whole path on the example stream, then a summary."),
 }
 
