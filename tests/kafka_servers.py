@@ -50,10 +50,11 @@ class ApacheKafka:
 
     folder: Path
     protocol: str = "PLAINTEXT"
+    props: str = ""
     port: int = field(default_factory=_free_port_pair)
 
     def _run(self, verb: str, *arguments: str) -> None:
-        environment = {**os.environ, "KAFKA_PROTOCOL": self.protocol}
+        environment = {**os.environ, "KAFKA_PROTOCOL": self.protocol, "KAFKA_PROPS": self.props}
         command = [str(KAFKA_HOME / "kafka"), verb, str(self.folder), *arguments]
         # To a file, not to a pipe: the broker inherits it and would hold the pipe open.
         with (self.folder.parent / f"{self.folder.name}.{verb}.log").open("w+") as log:
@@ -89,14 +90,15 @@ class ApacheKafka:
         )
 
 
-def _apache(protocol: str) -> Iterator[ApacheKafka]:
+def run_apache(protocol: str, props: str = "") -> Iterator[ApacheKafka]:
+    """One broker from start to kill; `props` are further lines of its server.properties."""
     if shutil.which("java") is None:
         missing("Java 17")
     if not (KAFKA_HOME / "kafka").exists():
         missing(f"Apache Kafka in {KAFKA_HOME}")
     # Not pytest's tmp_path: the broker's folder is large and must go at once.
     with tempfile.TemporaryDirectory(prefix="tidegate-kafka-", ignore_cleanup_errors=True) as folder:
-        kafka = ApacheKafka(Path(folder) / "broker", protocol)
+        kafka = ApacheKafka(Path(folder) / "broker", protocol, props)
         try:
             kafka.start()
             yield kafka
@@ -107,13 +109,13 @@ def _apache(protocol: str) -> Iterator[ApacheKafka]:
 @pytest.fixture(scope="session")
 def apache_kafka() -> Iterator[ApacheKafka]:
     """Apache Kafka, plain."""
-    yield from _apache("PLAINTEXT")
+    yield from run_apache("PLAINTEXT")
 
 
 @pytest.fixture(scope="session")
 def apache_kafka_tls() -> Iterator[ApacheKafka]:
     """Apache Kafka behind TLS and SASL/PLAIN."""
-    yield from _apache("SASL_SSL")
+    yield from run_apache("SASL_SSL")
 
 
 @pytest.fixture(scope="session")
