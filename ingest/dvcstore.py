@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+import sqlite3
 from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 
-from ingest.errors import DataCorrupt, RepositoryError
+from ingest.errors import DataCorrupt, DiskFull, RepositoryError, of_disk
 from ingest.layout import POINTER, TRACKED
 from ingest.parquet import fsync_path
 
@@ -47,12 +48,15 @@ class DvcStore:
         self.root = root
         self.cache = cache
         dvc_dir = root / ".dvc"
-        dvc_dir.mkdir(parents=True, exist_ok=True)
         local = f'[core]\n    site_cache_dir = "{dvc_dir / "site"}"\n'
         local += f'[cache]\n    dir = "{cache}"\n    type = "{_LINKS}"\n'
-        if remote is not None:
-            (dvc_dir / "config").write_text(dvc_config(remote, in_git=False))
-        (dvc_dir / "config.local").write_text(local)
+        try:
+            dvc_dir.mkdir(parents=True, exist_ok=True)
+            if remote is not None:
+                (dvc_dir / "config").write_text(dvc_config(remote, in_git=False))
+            (dvc_dir / "config.local").write_text(local)
+        except OSError as error:
+            raise of_disk(dvc_dir, error) from None
         self._alone = remote is not None
         self._opened: Any = None
 
@@ -70,6 +74,8 @@ class DvcStore:
                 self._opened = Repo(str(self.root))
             except DvcException as error:
                 raise RepositoryError(f"{self.root}: DVC refuses it: {_one_line(error)}") from None
+            except (OSError, sqlite3.Error) as error:
+                raise of_disk(self.root, error) from None
         return self._opened
 
     def close(self) -> None:
@@ -84,7 +90,10 @@ class DvcStore:
         if data is None:
             pointer.unlink(missing_ok=True)
         elif not pointer.exists() or pointer.read_bytes() != data:
-            pointer.write_bytes(data)
+            try:
+                pointer.write_bytes(data)
+            except OSError as error:
+                raise of_disk(pointer, error) from None
 
     def add(self, folder: Path) -> bytes:
         """Track one block's folder below the tracked one, durably; returns the pointer file.
@@ -92,13 +101,15 @@ class DvcStore:
         Raises:
             RepositoryError: DVC refuses.
         """
-        from dvc.exceptions import DvcException
-
         pointer = self.root / POINTER
         target = folder if pointer.exists() else self.root / TRACKED
         try:
             self._repo.add(str(target))
-        except (DvcException, OSError) as error:
+        except RepositoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - DVC's databases have errors of their own; none of them is a block
+            if isinstance(trouble := of_disk(folder, error), DiskFull):
+                raise trouble from None
             raise RepositoryError(f"{folder}: DVC could not add it: {_one_line(error)}") from None
         data = pointer.read_bytes()
         listing = yaml.safe_load(data)["outs"][0]["md5"]

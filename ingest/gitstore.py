@@ -6,6 +6,7 @@ Commits are made as objects, without a work tree and without an index, and come 
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import time
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pygit2
 from pygit2.enums import FileMode
 
-from ingest.errors import LaneConflict, RepositoryError
+from ingest.errors import LaneConflict, RepositoryError, of_disk
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -179,18 +180,25 @@ class GitStore:
         trees: Mapping[str, str] | None = None,
         merged: Sequence[str] = (),
     ) -> str:
-        """A commit on top of `old` that no ref names yet."""
-        leaves = {
-            tuple(path.split("/")): (self._repo.create_blob(data), FileMode.BLOB)
-            for path, data in (files or {}).items()
-        }
-        for path, tree_id in (trees or {}).items():
-            leaves[tuple(path.split("/"))] = (pygit2.Oid(hex=tree_id), FileMode.TREE)
+        """A commit on top of `old` that no ref names yet.
+
+        Raises:
+            RepositoryError: the disk is full (then `DiskFull`), or the repository is broken.
+        """
         base = None if old is None else self._tree(old)
-        tree = self._grown(base, leaves)
         author = pygit2.Signature(*_AUTHOR, int(time.time()), 0)
         parents = ([] if old is None else [old]) + list(merged)
-        return str(self._repo.create_commit(None, author, author, message, tree, parents))
+        try:
+            leaves = {
+                tuple(path.split("/")): (self._repo.create_blob(data), FileMode.BLOB)
+                for path, data in (files or {}).items()
+            }
+            for path, tree_id in (trees or {}).items():
+                leaves[tuple(path.split("/"))] = (pygit2.Oid(hex=tree_id), FileMode.TREE)
+            tree = self._grown(base, leaves)
+            return str(self._repo.create_commit(None, author, author, message, tree, parents))
+        except (pygit2.GitError, OSError) as error:
+            raise of_disk(self.path, error) from None
 
     def move(self, ref: str, old: str | None, new: str) -> None:
         """Move a ref from one commit to another: the compare-and-swap.
@@ -207,6 +215,8 @@ class GitStore:
             if (now := self.head(ref)) != old:
                 raise LaneConflict(f"{ref}: moved from {old} to {now} by another writer; start over from the manifests")
             lock = self.path / f"{ref}.lock"
+            if "No space left" in done.stderr:
+                raise of_disk(self.path, OSError(errno.ENOSPC, done.stderr))
             if time.monotonic() >= end or not ("lock" in done.stderr or lock.exists()):
                 raise RepositoryError(f"{ref}: not moved: {' '.join(done.stderr.split())}; {_way_out(lock)}")
             _remove_stale(lock)

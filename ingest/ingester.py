@@ -25,7 +25,7 @@ from ingest import layout, metrics
 from ingest.broker import TopicReader, TopicWriter, check, describe_topic, ensure_topic
 from ingest.deadletters import OVERHEAD_BYTES_MAX, headers_of, key_of, topic_of
 from ingest.drift import DriftWatch
-from ingest.errors import BrokerError, LaneConflict, OffsetsGone, SettingError
+from ingest.errors import BrokerError, LaneConflict, OffsetsGone, RepositoryError, SettingError
 from ingest.expectations import Suite
 from ingest.lane import take_free_lane
 from ingest.manifest import Counts, DataFile, FrozenPolicy, Manifest, OffsetRange
@@ -117,8 +117,9 @@ class Batch:
     def take(self, messages: Collection[Message], positions: Mapping[int, int]) -> bool:
         """Messages, and how far they reach; False if that is no further than before."""
         reached = {p: end for p, end in positions.items() if p in self.end and end > self.end[p]}
-        self.messages.extend(m for m in messages if m.partition in self.end)
         self.end |= reached
+        # A partition that a rebalance has just taken away has no position: what was read of it is read again.
+        self.messages.extend(m for m in messages if m.offset < self.end.get(m.partition, 0))
         return bool(reached)
 
     def ranges(self) -> tuple[OffsetRange, ...]:
@@ -267,22 +268,25 @@ class _Session:
 
     def __exit__(self, *_: object) -> None:
         # Nothing is under way any more: whoever is given these partitions need not fence this lane.
-        with suppress(LaneConflict):
+        with suppress(RepositoryError):
             self.ownership.release(self.lane.name, set(self.batch.start))
         self.seen.close()
 
     def run(self, stop: threading.Event, max_blocks: int | None, until_idle_s: float | None) -> list[Manifest]:
         sealed: list[Manifest] = []
-        self._resume()
+        resumed = False
         while not stop.is_set() and (max_blocks is None or len(sealed) < max_blocks):
             try:
+                if not resumed:
+                    self._resume()
+                    resumed = True
                 if not self._collect(stop, until_idle_s):
                     break
                 sealed.append(self._seal())
             except (_StartOver, OffsetsGone, LaneConflict) as error:
                 self.of.alarm("start_over", str(error))
                 self._refresh_topic()
-                self._resume()
+                resumed = False
         return sealed
 
     def _refresh_topic(self) -> None:
@@ -298,14 +302,19 @@ class _Session:
         # Another process may have made the index anew: then ours is a file that is no more.
         self.seen.close()
         self.seen = SeenIndex(self.seen_path)
-        read = self.seen.reconcile(self.lane.repo, self.of.stream, self._fence_others)
+        read = self._reconcile()
         self.incarnation = self._name_topic()
         if self.seen.has_others(self.incarnation):
             self._fence_others()
+            # Some may be of blocks that were committed but a moment ago.
+            read += self._reconcile()
             self.seen.forget_others(self.incarnation)
         log.info("ingest resumed", stream=self.of.stream, lane=self.lane.name, blocks_indexed=read)
         self.of.event("resumed", incarnation=self.incarnation, lane=self.lane.name)
         self._take(self.reader.assigned())
+
+    def _reconcile(self) -> int:
+        return self.seen.reconcile(self.lane.repo, self.of.stream, self._fence_others)
 
     def _fence_others(self) -> None:
         repo = self.lane.repo
@@ -326,6 +335,8 @@ class _Session:
                 self.of.alarm(
                     "incarnation", f"topic={self.of.topic}: made anew or shorter than before; read from its beginning"
                 )
+                # What they claim for messages of the old topic, and do not commit, nobody would ever read again.
+                self._fence_others()
             self.ownership.renew(owners, self.of.topic, name)
         raise LaneConflict(f"topic={self.of.topic}: renamed {_NAME_TRIES} times in a row; is it deleted in a loop?")
 
@@ -364,7 +375,7 @@ class _Session:
                 partition=partition,
                 offsets_lost=missing,
             )
-            self.seen.forget_dropped(self.incarnation, partition, start.offsets[partition])
+            self.seen.forget_dropped(self.incarnation, partition, reached[partition], start.offsets[partition])
         self.gaps |= start.gaps
         self.batch.gain(start.offsets)
         self.reader.seek(start.offsets)
@@ -382,7 +393,9 @@ class _Session:
             self.ownership.release(self.lane.name, lost)
             log.info("partitions lost", stream=self.of.stream, lane=self.lane.name, partitions=sorted(lost))
             self.of.event("lost", lane=self.lane.name, partitions=sorted(lost))
-        self._take(gained - self.batch.start.keys())
+        # What is here already was taken between the rebalance and this note of it: its position is not to be trusted.
+        self.batch.lose(gained)
+        self._take(gained)
         return gained
 
     def _collect(self, stop: threading.Event, until_idle_s: float | None) -> bool:
@@ -468,7 +481,9 @@ class _Session:
         ranges = batch.ranges()
         outcome = sort_out(
             judgement,
-            claim=lambda found: self.seen.claim(self.incarnation, ranges, found),
+            claim=lambda found: self.seen.claim(
+                self.incarnation, ranges, found, lambda: self.lane.check_unmoved(self.head)
+            ),
             split=lambda user: split_of(user, of.split_key, of.holdout_share),
             per_user_max=of.per_user_max,
         )

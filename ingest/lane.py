@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 
 from ingest import frontier, layout
 from ingest.dvcstore import DvcStore
-from ingest.errors import LaneBusy, LaneConflict
+from ingest.errors import LaneBusy, LaneConflict, of_disk
 from ingest.frontier import advanced
 from ingest.parquet import fsync_folder
 from ingest.repository import LaneHead
@@ -56,12 +56,19 @@ class Lane:
         self.stream = stream
         self.name = name
         self.root = repo.lanes / name
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._lock = self._take()
-        self._remote = repo.remote
-        self._dvc: DvcStore | None = None
-        self._push = DvcStore(self.root / "push", repo.cache, self._remote)
-        self.recover()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take()
+        except OSError as error:
+            raise of_disk(self.root, error) from None
+        try:
+            self._remote = repo.remote
+            self._dvc: DvcStore | None = None
+            self._push = DvcStore(self.root / "push", repo.cache, self._remote)
+            self.recover()
+        except BaseException:
+            os.close(self._lock)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -153,11 +160,19 @@ class Lane:
         commit = self.repo.git.commit(layout.lane_ref(self.name), head.commit, message, files=files)
         return LaneHead(commit, manifest, reached)
 
-    def _check_continuation(self, manifest: Manifest, head: LaneHead, gaps: AbstractSet[int]) -> None:
+    def check_unmoved(self, head: LaneHead) -> None:
+        """Return if nobody has fenced this lane since `head`.
+
+        Raises:
+            LaneConflict: somebody has.
+        """
         if (now := self.repo.git.head(layout.lane_ref(self.name))) != head.commit:
             raise LaneConflict(
                 f"lane={self.name}: moved from {head.commit} to {now} by another writer; start over from the manifests"
             )
+
+    def _check_continuation(self, manifest: Manifest, head: LaneHead, gaps: AbstractSet[int]) -> None:
+        self.check_unmoved(head)
         if manifest.seq != head.seq_next:
             raise LaneConflict(f"lane={self.name}: block {manifest.seq} where {head.seq_next} is next")
         reached = self.repo.frontier(self.stream).get(manifest.incarnation, {})
@@ -180,10 +195,13 @@ class Lane:
         done = self._push.root / "done"
         known = done.read_text(encoding="utf-8") if done.exists() else ""
         shelves = sorted(path.parent for path in self.root.glob(f"[0-9]*/{layout.POINTER}"))
-        for shelf in shelves:
-            if shelf.name < known:
-                continue
-            self._push.copy_pointer(shelf)
-            self._push.push()
-            # A torn name sorts before the right one: then a shelf is pushed twice.
-            done.write_text(shelf.name, encoding="utf-8")
+        try:
+            for shelf in shelves:
+                if shelf.name < known:
+                    continue
+                self._push.copy_pointer(shelf)
+                self._push.push()
+                # A torn name sorts before the right one: then a shelf is pushed twice.
+                done.write_text(shelf.name, encoding="utf-8")
+        except OSError as error:
+            raise of_disk(self.root, error) from None

@@ -127,10 +127,13 @@ class Ownership:
     def fence_others(self, lane: str, lanes: Iterable[str]) -> None:
         """Keep every other lane from committing the block it has under way; each then starts over from the manifests.
 
+        `lanes` are those with blocks; one that makes its first is in the map.
+
         Raises:
             LaneConflict: a lane's ref moved too often while trying.
         """
-        for other in sorted(set(lanes) - {lane}):
+        holders = {other for names in self.read().holders.values() for other in names}
+        for other in sorted((holders | set(lanes)) - {lane}):
             self._fence(other, lane)
 
     def _change(self, change: Callable[[dict[int, tuple[str, ...]]], None], message: str) -> Owners:

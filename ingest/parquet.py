@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ingest.errors import DataCorrupt, SourceError
+from ingest.errors import DataCorrupt, SourceError, of_disk
 from ingest.record import Record
 
 if TYPE_CHECKING:
@@ -63,14 +63,21 @@ def file_sha256(path: Path) -> str:
 
 def fsync_folder(folder: Path) -> None:
     """Make a folder's files, their names, and its own name survive a power cut."""
-    for file in folder.iterdir():
-        fsync_path(file)
-    fsync_path(folder)
-    fsync_path(folder.parent)
+    try:
+        for file in folder.iterdir():
+            fsync_path(file)
+        fsync_path(folder)
+        fsync_path(folder.parent)
+    except OSError as error:
+        raise of_disk(folder, error) from None
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> str:
-    """Write rows; returns the file's sha256. What must survive a power cut needs :func:`fsync_folder` too."""
+    """Write rows; returns the file's sha256. What must survive a power cut needs :func:`fsync_folder` too.
+
+    Raises:
+        RepositoryError: the disk is full (then `DiskFull`) or refuses.
+    """
     columns: dict[str, list[Any]] = {
         "_partition": [partition for partition, _, _ in rows],
         "_offset": [offset for _, offset, _ in rows],
@@ -82,9 +89,12 @@ def write_rows(path: Path, rows: Sequence[Row]) -> str:
 
 
 def _write(path: Path, table: Any) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, compression="zstd")
-    return file_sha256(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, path, compression="zstd")
+        return file_sha256(path)
+    except (OSError, pa.ArrowException) as error:
+        raise of_disk(path, error) from None
 
 
 def write_rejects(path: Path, rejects: Sequence[tuple[int, int, bytes]]) -> str:

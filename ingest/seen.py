@@ -13,14 +13,17 @@ and never leaves the workspace.
 from __future__ import annotations
 
 import hashlib
+import secrets
 import sqlite3
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
+from ingest.errors import LaneConflict, RepositoryError, of_disk
 from ingest.layout import block_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from ingest.broker import Message
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
 
 # A claim of another process takes a fraction of a second; a minute means a stopped process or a dead disk.
 _BUSY_SECONDS: Final = 60.0
+# SQLite's primary result codes: what a file is that cannot be used, and what a disk says that has no room.
+_BROKEN: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_NO_ROOM: Final = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS seen (
     identity BLOB PRIMARY KEY, digest BLOB NOT NULL
@@ -39,6 +45,7 @@ CREATE TABLE IF NOT EXISTS claim (
     identity BLOB PRIMARY KEY, digest BLOB NOT NULL,
     incarnation TEXT NOT NULL, partition INTEGER NOT NULL, offset INTEGER NOT NULL
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS made (epoch TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS block (lane TEXT PRIMARY KEY, seq INTEGER NOT NULL, nonce TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS mark (
     partition INTEGER PRIMARY KEY, incarnation TEXT NOT NULL, offset INTEGER NOT NULL, digest BLOB NOT NULL
@@ -97,11 +104,14 @@ class SeenIndex:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._epoch: str | None = None
         try:
-            self._db = self._open()
-        except sqlite3.DatabaseError:
-            self._remove()
-            self._db = self._open()
+            with self._translated():
+                self._db = self._open()
+        except LaneConflict:
+            # It was broken, and is gone.
+            with self._translated():
+                self._db = self._open()
 
     def __enter__(self) -> Self:
         return self
@@ -129,8 +139,40 @@ class SeenIndex:
         for suffix in ("", "-wal", "-shm"):
             self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
 
-    def _transaction(self) -> _Transaction:
-        return _Transaction(self._db)
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """SQLite's errors as ours. A broken file goes: the next to open it makes it anew, and fences the rest."""
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+            if code in _BROKEN:
+                self._remove()
+                raise LaneConflict(f"{self._path}: {error}; it is made anew from the blocks") from None
+            if code in _NO_ROOM:
+                raise of_disk(self._path, error) from None
+            raise RepositoryError(
+                f"{self._path}: {error}; does a stopped process hold it, or is it read-only?"
+            ) from None
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._translated():
+            # Immediate: a reader that would write later could find its snapshot outdated.
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                # A full disk has ended it already.
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _is_of(self) -> str | None:
+        """Drawn anew each time the index is made anew."""
+        row = self._db.execute("SELECT epoch FROM made").fetchone()
+        return None if row is None else str(row[0])
 
     def reconcile(self, repo: DataRepository, stream: str, fence: Callable[[], None]) -> int:
         """Bring the index up to the newest blocks of all lanes; returns how many blocks had to be read.
@@ -140,12 +182,12 @@ class SeenIndex:
         Raises:
             DataCorrupt: a block's file is nowhere to be had.
         """
-        known = {lane: (seq, nonce) for lane, seq, nonce in self._db.execute("SELECT lane, seq, nonce FROM block")}
-        if self._is_of_another_history(repo, known) or (not known and repo.lane_heads(stream)):
-            fence()
-            with self._transaction():
-                for table in ("seen", "claim", "block", "mark"):
-                    self._db.execute(f"DELETE FROM {table}")  # noqa: S608 - names from this line
+        with self._translated():
+            # Before what it knows: if it is made anew in between, claims on it are refused.
+            self._epoch = self._is_of()
+            known = {lane: (seq, nonce) for lane, seq, nonce in self._db.execute("SELECT lane, seq, nonce FROM block")}
+        if self._epoch is None or self._is_of_another_history(repo, known):
+            self._clear(fence)
             known = {}
         # Before the heads: a claim below it is of a block that the heads have.
         reached = repo.frontier(stream)
@@ -159,6 +201,16 @@ class SeenIndex:
                     read += 1
         self._settle(reached)
         return read
+
+    def _clear(self, fence: Callable[[], None]) -> None:
+        """Begin anew. Inside the transaction a claim comes before the fence, or after everything is gone."""
+        epoch = secrets.token_hex(8)
+        with self._transaction():
+            fence()
+            for table in ("seen", "claim", "block", "mark", "made"):
+                self._db.execute(f"DELETE FROM {table}")  # noqa: S608 - names from this line
+            self._db.execute("INSERT INTO made VALUES (?)", (epoch,))
+        self._epoch = epoch
 
     @staticmethod
     def _is_of_another_history(repo: DataRepository, known: Mapping[str, tuple[int, str]]) -> bool:
@@ -177,10 +229,10 @@ class SeenIndex:
             self._know(manifest)
 
     def _know(self, manifest: Manifest) -> None:
-        # Never back: another process may have read a later block meanwhile.
+        # Never back, and never over a block that is not in: another process may have begun anew meanwhile.
         self._db.execute(
-            "INSERT INTO block VALUES (?, ?, ?) ON CONFLICT (lane) DO UPDATE "
-            "SET seq = excluded.seq, nonce = excluded.nonce WHERE excluded.seq > seq",
+            "INSERT INTO block SELECT ?1, ?2, ?3 WHERE ?2 = 1 + coalesce((SELECT seq FROM block WHERE lane = ?1), 0) "
+            "ON CONFLICT (lane) DO UPDATE SET seq = excluded.seq, nonce = excluded.nonce",
             (manifest.lane, manifest.seq, manifest.nonce),
         )
 
@@ -196,7 +248,8 @@ class SeenIndex:
 
     def has_others(self, incarnation: str) -> bool:
         """Whether messages of another incarnation of the topic hold claims."""
-        found = self._db.execute("SELECT 1 FROM claim WHERE incarnation != ? LIMIT 1", (incarnation,)).fetchone()
+        with self._translated():
+            found = self._db.execute("SELECT 1 FROM claim WHERE incarnation != ? LIMIT 1", (incarnation,)).fetchone()
         return found is not None
 
     def forget_others(self, incarnation: str) -> None:
@@ -204,12 +257,12 @@ class SeenIndex:
         with self._transaction():
             self._db.execute("DELETE FROM claim WHERE incarnation != ?", (incarnation,))
 
-    def forget_dropped(self, incarnation: str, partition: int, first: int) -> None:
-        """Drop the claims of messages that a topic no longer holds: those before its first offset."""
+    def forget_dropped(self, incarnation: str, partition: int, start: int, end: int) -> None:
+        """Drop the claims of messages `[start, end)` that a topic no longer holds, and that are in no block."""
         with self._transaction():
             self._db.execute(
-                "DELETE FROM claim WHERE incarnation = ? AND partition = ? AND offset < ?",
-                (incarnation, partition, first),
+                "DELETE FROM claim WHERE incarnation = ? AND partition = ? AND offset >= ? AND offset < ?",
+                (incarnation, partition, start, end),
             )
 
     def claim(
@@ -217,14 +270,23 @@ class SeenIndex:
         incarnation: str,
         spans: Collection[OffsetRange],
         found: Sequence[tuple[bytes, bytes, int, int]],
+        check: Callable[[], None] = lambda: None,
     ) -> dict[int, bytes]:
         """Claim identities for the messages that hold them; returns what of them is another message's already.
 
         `found` holds (identity, digest, partition, offset) of each record that the batch would accept, in its order;
         `spans` the offsets the batch covers, whose older claims are void. The answer maps a place in `found`
         to the digest its identity stands for. One transaction: of two lanes with the same record one comes first.
+        `check` raises, inside of it, if somebody has taken a partition of the batch: else a process that slept could
+        void the claims of its successor.
+
+        Raises:
+            LaneConflict: `check` did, or the index was made anew.
         """
         with self._transaction():
+            check()
+            if self._is_of() != self._epoch:
+                raise LaneConflict(f"{self._path}: made anew by another process; start over from the manifests")
             self._db.executemany(
                 "DELETE FROM claim WHERE incarnation = ? AND partition = ? AND offset >= ? AND offset < ?",
                 ((incarnation, span.partition, span.start, span.end) for span in spans),
@@ -254,6 +316,9 @@ class SeenIndex:
     def settle(self, manifest: Manifest, marks: Mapping[int, Mark]) -> None:
         """A block was committed: what it claimed is seen. `marks`: last message read, by partition."""
         with self._transaction():
+            if self._is_of() != self._epoch:
+                # The claims are gone with the index that was; the block is read by whoever reconciles next.
+                return
             for span in manifest.offsets:
                 where = (manifest.incarnation, span.partition, span.start, span.end)
                 of_span = "FROM claim WHERE incarnation = ? AND partition = ? AND offset >= ? AND offset < ?"
@@ -267,18 +332,6 @@ class SeenIndex:
 
     def marks(self, incarnation: str) -> dict[int, Mark]:
         """Last message read of each partition of an incarnation, as far as known."""
-        rows = self._db.execute("SELECT partition, offset, digest FROM mark WHERE incarnation = ?", (incarnation,))
-        return {partition: Mark(offset, digest) for partition, offset, digest in rows}
-
-
-class _Transaction:
-    """Immediate: a reader that would write later could find its snapshot outdated."""
-
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-
-    def __enter__(self) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._db.execute("ROLLBACK" if kind is not None else "COMMIT")
+        with self._translated():
+            rows = self._db.execute("SELECT partition, offset, digest FROM mark WHERE incarnation = ?", (incarnation,))
+            return {partition: Mark(offset, digest) for partition, offset, digest in rows}
