@@ -54,7 +54,7 @@ CREATE TABLE IF NOT EXISTS mark (
 _TEMPORARY: Final = """
 CREATE TEMP TABLE IF NOT EXISTS batch (
     row INTEGER PRIMARY KEY, identity BLOB NOT NULL, digest BLOB NOT NULL,
-    partition INTEGER NOT NULL, offset INTEGER NOT NULL
+    partition INTEGER NOT NULL, offset INTEGER NOT NULL, UNIQUE (partition, offset)
 );
 """
 
@@ -275,8 +275,9 @@ class SeenIndex:
         """Claim identities for the messages that hold them; returns what of them is another message's already.
 
         `found` holds (identity, digest, partition, offset) of each record that the batch would accept, in its order;
-        `spans` the offsets the batch covers, whose older claims are void. The answer maps a place in `found`
-        to the digest its identity stands for. One transaction: of two lanes with the same record one comes first.
+        `spans` the offsets the batch covers: an older claim of one of them stands if its message would be accepted
+        still, so that what a killed process has sent to the dead letters stays rejected. The answer maps a place in
+        `found` to the digest its identity stands for. One transaction: of two lanes with one record one comes first.
         `check` raises, inside of it, if somebody has taken a partition of the batch: else a process that slept could
         void the claims of its successor.
 
@@ -287,14 +288,11 @@ class SeenIndex:
             check()
             if self._is_of() != self._epoch:
                 raise LaneConflict(f"{self._path}: made anew by another process; start over from the manifests")
-            self._db.executemany(
-                "DELETE FROM claim WHERE incarnation = ? AND partition = ? AND offset >= ? AND offset < ?",
-                ((incarnation, span.partition, span.start, span.end) for span in spans),
-            )
             self._db.execute("DELETE FROM batch")
             self._db.executemany(
                 "INSERT INTO batch VALUES (?, ?, ?, ?, ?)", ((row, *entry) for row, entry in enumerate(found))
             )
+            self._void(incarnation, spans)
             known: dict[int, bytes] = dict(
                 self._db.execute("SELECT row, seen.digest FROM batch JOIN seen USING (identity)")
             )
@@ -312,6 +310,15 @@ class SeenIndex:
             )
             self._db.execute("DELETE FROM batch")
         return known
+
+    def _void(self, incarnation: str, spans: Iterable[OffsetRange]) -> None:
+        """Drop the claims of messages of the batch that would no longer be accepted: the suite was changed."""
+        self._db.executemany(
+            "DELETE FROM claim WHERE incarnation = ? AND partition = ? AND offset >= ? AND offset < ? AND NOT EXISTS ("
+            "SELECT 1 FROM batch WHERE batch.partition = claim.partition AND batch.offset = claim.offset "
+            "AND batch.identity = claim.identity)",
+            ((incarnation, span.partition, span.start, span.end) for span in spans),
+        )
 
     def settle(self, manifest: Manifest, marks: Mapping[int, Mark]) -> None:
         """A block was committed: what it claimed is seen. `marks`: last message read, by partition."""
