@@ -12,7 +12,10 @@ by a policy in its head (Content Security Policy level 3, https://www.w3.org/TR/
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import html
+import os
 import re
 import shutil
 import tempfile
@@ -20,7 +23,7 @@ from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from ingest.expectations import Suite
@@ -54,6 +57,7 @@ _CSS_URL: Final = re.compile(r"url\([^)]*\)|@import[^;]*;?", re.IGNORECASE)
 # Work under way stands beside the site under a name that a reader does not look for.
 _UNFINISHED: Final = ".{name}.new-"
 _REPLACED: Final = ".{name}.old"
+_LOCK: Final = ".{name}.lock"
 
 
 class DataDocs:
@@ -79,7 +83,8 @@ class DataDocs:
         """Run the suite on a block's records and replace the site; returns the path of its index page.
 
         The new site is finished beside the old one and takes its place by renaming: a reader finds the old site, for
-        an instant none, or the new one, never half of one. A block without records leaves the site as it is.
+        an instant none, or the new one, never half of one. A block without records leaves the site as it is, and so
+        does a build while another process of the stream is building: its block is as new.
 
         Raises:
             ValidationStopped: the suite could not be evaluated at all.
@@ -90,10 +95,17 @@ class DataDocs:
             return index
         parent, name = self.folder.parent, self.folder.name
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for left in parent.glob(f"{_UNFINISHED.format(name=name)}*"):
-            shutil.rmtree(left, ignore_errors=True)
+        with _alone(parent / _LOCK.format(name=name)) as alone:
+            if alone:
+                for left in parent.glob(f"{_UNFINISHED.format(name=name)}*"):
+                    shutil.rmtree(left, ignore_errors=True)
+                self._replace(suite, records, block_id)
+        return index
+
+    def _replace(self, suite: Suite, records: Sequence[Record], block_id: str) -> None:
+        parent = self.folder.parent
         # mkdtemp makes it with mode 0700.
-        fresh = parent / tempfile.mkdtemp(prefix=_UNFINISHED.format(name=name), dir=parent)
+        fresh = parent / tempfile.mkdtemp(prefix=_UNFINISHED.format(name=self.folder.name), dir=parent)
         try:
             failed = suite.write_docs(records, fresh, run_name=block_id)
             said = f"{failed} of {suite.size} expectations failed" if failed else "every expectation met"
@@ -101,7 +113,6 @@ class DataDocs:
             self._take_place(fresh)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
-        return index
 
     def _take_place(self, fresh: Path) -> None:
         old = self.folder.with_name(_REPLACED.format(name=self.folder.name))
@@ -110,6 +121,20 @@ class DataDocs:
             self.folder.rename(old)
         fresh.rename(self.folder)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[bool]:
+    """Hold a lock; False when another process does. Let go by the kernel, also after SIGKILL."""
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield False
+    else:
+        yield True
+    finally:
+        os.close(descriptor)
 
 
 def _close_off(site: Path, result: str) -> None:

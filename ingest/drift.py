@@ -45,8 +45,10 @@ _P_MAX: Final = 1e-4
 _KEEP: Final = 0.9
 # Cohen's w of a "small" effect (Statistical Power Analysis, 1988, chapter 7), squared.
 _EFFECT_MIN: Final = 0.1**2
-# New words: five of a hundred more than usual; less is a campaign or a new product's name.
-_NEW_WORDS_MIN: Final = 0.05
+# New words: two of a hundred more than usual; less is a new product's name or a season.
+_NEW_WORDS_MIN: Final = 0.02
+# The usual share of new words falls while a vocabulary fills; it is forgotten faster (half in two blocks) to keep up.
+_LEVEL_HASTE: Final = 4
 # Classes of a mix with fewer expected records in the block share one class; the widened null allows so few.
 _EXPECTED_MIN: Final = 1.0
 # Classes kept of a mix; declared labels are far fewer, and undeclared ones must not fill the disk.
@@ -177,7 +179,7 @@ class DriftWatch:
             state.words = state.heap_words
         elif state.tested:
             # All words of the first block are new: that is no level to compare with.
-            state.words.add(state.heap_words, keep)
+            state.words.add(state.heap_words, keep**_LEVEL_HASTE)
         self._ages = self._ages.translate(_OLDER)
         first = state.heap_first
         where = f"block {block_id}" if first == block_id else f"blocks {first} to {block_id}"
@@ -212,7 +214,8 @@ class DriftWatch:
             and more >= _NEW_WORDS_MIN
             and math.erfc(z / math.sqrt(2 * max(state.words_dispersion, 1.0))) / 2 <= _P_MAX
         )
-        state.words_dispersion = _learnt(state.words_dispersion, z * z, state.tested, warm=warm)
+        # Fewer new words than before is how a vocabulary fills: a trend, no dispersion.
+        state.words_dispersion = _learnt(state.words_dispersion, max(z, 0.0) ** 2, state.tested, warm=warm)
         if not drifted:
             return ""
         return f"words not seen lately: {_percent(now.mean)} of a prompt's words, usually {_percent(before.mean)}"

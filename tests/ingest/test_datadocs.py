@@ -1,6 +1,7 @@
 """Data Docs can be read without a network, show no half of a site, and let no record write a page."""
 
 import contextlib
+import fcntl
 import os
 import re
 import stat
@@ -33,6 +34,10 @@ def site(suite: Suite, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ws") / "docs" / "desk"
     assert DataDocs(folder, 600).build(suite, RECORDS, block_id="desk-0-7") == folder / "index.html"
     return folder
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 class _Fetched(HTMLParser):
@@ -98,7 +103,7 @@ def test_only_the_owner_may_look_and_nothing_is_left_elsewhere(suite: Suite, tmp
         os.umask(old_mask)
     assert [stat.S_IMODE(path.stat().st_mode) for path in (folder.parent, folder)] == [0o700, 0o700]
     assert not list(scratch.rglob("*.html"))
-    assert [path.name for path in folder.parent.iterdir()] == ["desk"]
+    assert _names(folder.parent) == {"desk", ".desk.lock"}
 
 
 def test_a_reader_finds_a_whole_site_or_none(suite: Suite, tmp_path: Path) -> None:
@@ -136,12 +141,28 @@ def test_a_crash_between_leaves_nothing_that_stays(suite: Suite, tmp_path: Path,
     (folder.parent / ".desk.new-abc").mkdir()
     folder.rename(folder.parent / ".desk.old")
     docs.build(suite, RECORDS, block_id="b1")
-    assert [path.name for path in folder.parent.iterdir()] == ["desk"]
+    assert _names(folder.parent) == {"desk", ".desk.lock"}
     monkeypatch.setattr(Suite, "write_docs", lambda *_args, **_named: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         docs.build(suite, RECORDS, block_id="b2")
-    assert [path.name for path in folder.parent.iterdir()] == ["desk"]
+    assert _names(folder.parent) == {"desk", ".desk.lock"}
     assert "block b1" in (folder / "index.html").read_text(encoding="utf-8")
+
+
+def test_two_processes_of_a_stream_do_not_spoil_each_others_site(suite: Suite, tmp_path: Path) -> None:
+    folder = tmp_path / "docs" / "desk"
+    docs = DataDocs(folder, 600)
+    docs.build(suite, RECORDS, block_id="b0")
+    unfinished = folder.parent / ".desk.new-other"
+    unfinished.mkdir()
+    with (folder.parent / ".desk.lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        docs.build(suite, RECORDS, block_id="b1")
+    assert unfinished.is_dir()
+    assert "block b0" in (folder / "index.html").read_text(encoding="utf-8")
+    docs.build(suite, RECORDS, block_id="b2")
+    assert _names(folder.parent) == {"desk", ".desk.lock"}
+    assert "block b2" in (folder / "index.html").read_text(encoding="utf-8")
 
 
 def test_no_records_change_nothing(suite: Suite, tmp_path: Path) -> None:

@@ -127,6 +127,16 @@ def test_other_words_under_the_same_labels_are_found_and_not_repeated(
     assert not [s for number in range(9, 14) for s in watch.observe(f"b{number}", disguised())]
 
 
+def test_other_words_in_a_fifth_of_the_prompts_are_enough(tmp_path: Path, utterances: dict, desk: list[Record]) -> None:
+    watch, rng = _settled(tmp_path / "d.json", desk, blocks=20)
+    foreign = [
+        w.model_copy(update={"prompt": k.prompt})
+        for w, k in zip(_block(desk, rng, 100), _block(utterances["kitchen_and_dining"], rng, 100), strict=True)
+    ]
+    (said,) = watch.observe("b20", [*foreign, *_block(desk, rng, 400)])
+    assert "words not seen lately" in said
+
+
 def test_no_word_of_a_record_is_said(tmp_path: Path, desk: list[Record]) -> None:
     watch, rng = _settled(tmp_path / "d.json", desk)
     said = " ".join(watch.observe("b8", _changed(_block(desk, rng), prompt="zanzibar " * 40, completion="quagga")))
