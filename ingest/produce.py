@@ -44,7 +44,12 @@ class ProduceReport:
     too_large: tuple[str, ...] = ()
 
 
-def _renamed(where: str, value: dict[str, Any], field_map: Mapping[str, str]) -> dict[str, Any]:
+def renamed(where: str, value: Mapping[str, Any], field_map: Mapping[str, str]) -> dict[str, Any]:
+    """An object with its fields renamed; a target `attributes.NAME` is the attribute NAME.
+
+    Raises:
+        SourceError: two fields become one; `where` says of what.
+    """
     result: dict[str, Any] = {}
     attributes: dict[str, Any] = {}
     for key, item in value.items():
@@ -83,7 +88,7 @@ def _message(row: SourceRow, field_map: Mapping[str, str]) -> tuple[bytes | None
         if not isinstance(parsed, dict):
             return None, line
         if field_map.keys() & parsed.keys():
-            parsed = _renamed(row.where, parsed, field_map)
+            parsed = renamed(row.where, parsed, field_map)
             line = json.dumps(parsed).encode()
     user = parsed.get("user_id")
     # All of a user's records in one partition, so that one writer sees all of them.

@@ -152,7 +152,7 @@ def _story(script: Script, service: Service, supervisor: Supervisor) -> None:
     script.heading("labelled records onto the topic")
     _stream_in(script, service, first)
     script.heading("a rejected record, with its reasons")
-    script.show("dlq", STREAM, "--limit", "6")
+    script.show("dlq", "list", STREAM, "--limit", "6")
 
     script.heading("round 1: private training from the base model")
     one = _round(script)

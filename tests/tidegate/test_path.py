@@ -72,7 +72,7 @@ def test_records_end_up_in_exactly_one_block(desk):
     seen = offsets_of(desk)
     assert sorted(seen) == sorted(row["event_id"] for row in rows)
     assert len(set(seen)) == len(seen)
-    reasons = [" ".join(letter["reasons"]) for letter in desk.json("dlq", STREAM)]
+    reasons = [" ".join(letter["reasons"]) for letter in desk.json("dlq", "list", STREAM)["letters"]]
     assert len(reasons) == 2
     assert any("domain" in reason for reason in reasons)
     assert any("prompt" in reason for reason in reasons)

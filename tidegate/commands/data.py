@@ -1,120 +1,139 @@
-"""`tidegate produce`, `tidegate blocks`, `tidegate dlq`: records on their way in."""
+"""`tidegate produce`: records on their way in."""
 
 from __future__ import annotations
 
+import shlex
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
 from tidegate import output
+from tidegate.errors import TidegateError
+
+EXIT_INTERRUPTED = 130
 
 
-def _field_map(pairs: tuple[str, ...]) -> dict[str, str]:
+def field_map(pairs: Sequence[str], option: str = "--field", form: str = "SOURCE=FIELD") -> dict[str, str]:
+    """`NAME=VALUE` options as a mapping.
+
+    Raises:
+        click.UsageError: one has another form.
+    """
     mapped = {}
     for pair in pairs:
         source, separator, target = pair.partition("=")
         if not separator or not source or not target:
-            raise click.UsageError(f"--field {pair}: must be SOURCE=FIELD, for example --field text=prompt")
+            raise click.UsageError(f"{option} {pair}: must be {form}, for example {option} text=prompt")
         mapped[source] = target
     return mapped
+
+
+@contextmanager
+def _heeding_ctrl_c() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets; the second ends at once, as ever."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def heed(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        click.echo("stopping when what was sent is acknowledged; Ctrl-C again stops at once", err=True)
+        stop.set()
+
+    signal.signal(signal.SIGINT, heed)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @click.command()
 @click.argument("stream")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
 @click.option("--field", "fields", multiple=True, metavar="SOURCE=FIELD", help="Rename a field of the source; repeat.")
+@click.option("--format", "form", metavar="jsonl|csv|parquet", help="How to read the FILEs; default: by their names.")
+@click.option("--delimiter", metavar="CHARACTER", help="Between cells of CSV; default: a comma, a tab in .tsv.")
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="At most this many records per second.")
+@click.option("--resume", is_flag=True, help="Go on behind the last record that was acknowledged.")
+@click.option("--skip-large", is_flag=True, help="Leave out, count and name records the topic is too small for.")
 @click.option("--json", "want_json", is_flag=True, help="JSON instead of a sentence; no progress bar.")
 @click.pass_obj
 def produce(
     given: str | None,
+    /,
     stream: str,
     files: tuple[Path, ...],
     *,
     fields: tuple[str, ...],
-    rate: float | None,
     want_json: bool,
+    **options: Any,
 ) -> None:
-    """Put the records of JSONL FILEs on STREAM's topic: keyed by user_id, acknowledged by all replicas.
+    """Put the records of JSONL, CSV or Parquet FILEs on STREAM's topic: keyed by user_id, acknowledged by all replicas.
 
-    Lines are sent as they are: what is wrong with one is said by the stream's validation, in `tidegate dlq STREAM`.
+    JSONL and CSV may be gzip's. CSV has a header row; an empty cell of CSV or a null of Parquet is an absent field, and
+    a column attributes.NAME is the attribute NAME. Records are sent as they are: what is wrong with one is said by the
+    stream's validation, in `tidegate dlq list STREAM`. Sending a file twice does no harm, duplicates are dropped.
     """
+    from ingest.errors import MessageTooLarge, SendingStopped
     from ingest.produce import produce as send
     from tidegate.progress import bar
     from tidegate.wiring import open_service
 
     service = open_service(given)
     topic = service.stream(stream).topic
-    with bar(quiet=want_json) as tell:
-        report = send(
-            service.kafka(),
-            topic,
-            files,
-            field_map=_field_map(fields),
-            rate=rate,
-            progress=lambda done, of: tell("produce", done, of),
-        )
+    mapped = field_map(fields)
+    again = _again(given, stream, files, fields, options)
+    try:
+        with bar(quiet=want_json) as tell, _heeding_ctrl_c() as stop:
+            report = send(
+                service.kafka(),
+                topic,
+                files,
+                mapped,
+                options["rate"],
+                lambda done, of: tell("produce", done, of),
+                form=options["form"],
+                delimiter=options["delimiter"],
+                skip_large=options["skip_large"],
+                journal=service.workspace.run / "produce",
+                resume=options["resume"],
+                stop=stop,
+            )
+    except SendingStopped as error:
+        failed = TidegateError(f"{error}; go on with: {again}")
+        failed.exit_code = EXIT_INTERRUPTED if error.interrupted else failed.exit_code
+        raise failed from None
+    except MessageTooLarge as error:
+        raise TidegateError(f"{error}; to leave it out: {again} --skip-large") from None
+    facts = {"stream": stream, "topic": topic, "records_sent": report.sent, "seconds": report.seconds}
+    facts |= {"records_sent_before": report.resumed, "too_large": list(report.too_large)}
     if want_json:
-        output.as_json({"stream": stream, "topic": topic, "records_sent": report.sent, "seconds": report.seconds})
-    else:
-        output.say(f"sent {report.sent} records to topic {topic} in {report.seconds:.1f} s")
-
-
-@click.command()
-@click.argument("stream")
-@click.option("--json", "want_json", is_flag=True, help="JSON instead of a table.")
-@click.pass_obj
-def blocks(given: str | None, stream: str, *, want_json: bool) -> None:
-    """List STREAM's sealed blocks: which offsets each covers, and how many records were accepted and rejected.
-
-    Exact counts are for people who may read the workspace; they never leave it by MLflow, metrics or exports.
-    """
-    from tidegate.wiring import open_service
-
-    service = open_service(given)
-    service.stream(stream)
-    manifests = service.repository().manifests(stream)
-    if want_json:
-        output.as_json([m.model_dump(mode="json") for m in manifests])
+        output.as_json(facts)
         return
-    rows = [
-        (
-            m.block_id,
-            " ".join(f"{o.partition}:{o.start}-{o.end - 1}" for o in m.offsets),
-            m.counts.sealed,
-            m.counts.rejected,
-            m.counts.duplicate,
-            m.counts.set_aside,
-            f"{service.ledger.share_used(m.block_id):.1%}" if service.ledger.knows(m.block_id) else "0.0%",
-        )
-        for m in manifests
-    ]
-    columns = ("block", "partition:offsets", "accepted", "rejected", "duplicate", "set aside", "filter used")
-    output.table(f"blocks of {stream}", columns, rows)
-
-
-@click.command()
-@click.argument("stream")
-@click.option("--limit", default=20, show_default=True, type=click.IntRange(min=1), help="The newest so many.")
-@click.option("--content", is_flag=True, help="Show the rejected bytes too: they may be people's data.")
-@click.option("--json", "want_json", is_flag=True, help="JSON instead of a table.")
-@click.pass_obj
-def dlq(given: str | None, stream: str, *, limit: int, content: bool, want_json: bool) -> None:
-    """Show STREAM's rejected records: where each came from and every reason it was rejected for."""
-    from ingest.deadletters import read_dead_letters
-    from tidegate.wiring import open_service
-
-    service = open_service(given)
-    letters = read_dead_letters(service.kafka(), service.stream(stream).topic, limit)
-    rows = []
-    for letter in letters:
-        row = {"key": letter.key, "reasons": list(letter.reasons)}
-        if content:
-            row["value"] = (letter.value or b"").decode("utf-8", "backslashreplace")
-        rows.append(row)
-    if want_json:
-        output.as_json(rows)
+    if report.resumed and not report.sent and not report.too_large:
+        output.say(f"nothing to send: all {report.resumed} records were acknowledged before")
         return
-    columns = ("topic/incarnation/partition/offset", "reasons") + (("value",) if content else ())
-    cells = [(r["key"], "; ".join(r["reasons"]), *([r["value"][:200]] if content else [])) for r in rows]
-    output.table(f"rejected records of {stream}", columns, cells)
+    before = f", behind {report.resumed} sent before" if report.resumed else ""
+    output.say(f"sent {report.sent} records to topic {topic} in {report.seconds:.1f} s{before}")
+    for place in report.too_large:
+        output.say(f"left out, too large: {place}")
+
+
+def _again(
+    given: str | None, stream: str, files: Sequence[Path], fields: Sequence[str], options: dict[str, Any]
+) -> str:
+    """The command that goes on."""
+    words = ["tidegate", *(["-w", given] if given else []), "produce", stream, *map(str, files)]
+    words += [word for pair in fields for word in ("--field", pair)]
+    for name, value in (("--format", options["form"]), ("--delimiter", options["delimiter"])):
+        words += [name, value] if value is not None else []
+    words += ["--rate", f"{options['rate']:g}"] if options["rate"] is not None else []
+    words += ["--skip-large"] if options["skip_large"] else []
+    return shlex.join([*words, "--resume"])
