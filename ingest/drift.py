@@ -214,8 +214,9 @@ class DriftWatch:
             and more >= _NEW_WORDS_MIN
             and math.erfc(z / math.sqrt(2 * max(state.words_dispersion, 1.0))) / 2 <= _P_MAX
         )
-        # Fewer new words than before is how a vocabulary fills: a trend, no dispersion.
-        state.words_dispersion = _learnt(state.words_dispersion, max(z, 0.0) ** 2, state.tested, warm=warm)
+        # At first, fewer new words than before is how a vocabulary fills: a trend, no dispersion.
+        shown = z * z if warm else max(z, 0.0) ** 2
+        state.words_dispersion = _learnt(state.words_dispersion, shown, state.tested, warm=warm)
         if not drifted:
             return ""
         return f"words not seen lately: {_percent(now.mean)} of a prompt's words, usually {_percent(before.mean)}"
