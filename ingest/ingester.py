@@ -595,4 +595,6 @@ class _Session:
             if of.docs is not None and self.lane.name == f"{of.stream}-0" and of.docs.due(time.monotonic()):
                 of.docs.build(self.suite, records, block_id=block)
         except Exception as error:  # noqa: BLE001 - the block is committed, whatever a report of it does
-            of.alarm("report", f"{type(error).__name__}: {error}", block=block)
+            # Its text may hold content.
+            kind = type(error).__name__
+            of.alarm("report", f"drift or Data Docs: {kind}; see `tidegate expectations docs {of.stream}`", block=block)

@@ -1,4 +1,7 @@
-"""Logging: coloured lines on a terminal, one JSON object a line otherwise. Never content, never private statistics."""
+"""Logging: coloured lines on a terminal, one JSON object a line otherwise. Never content of a record.
+
+Ingest counts its records exactly in its lines: they are for the operator, inside the trust boundary (docs/privacy.md).
+"""
 
 from __future__ import annotations
 
