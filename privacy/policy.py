@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from privacy.accounting import ORDERS, caps
 from privacy.errors import PolicyError
+
+TRAIN, HOLDOUT = "train", "holdout"
+# Whose budget a charge is taken from: people trained on, or people split off and only ever evaluated on.
+ACCOUNTS = (TRAIN, HOLDOUT)
+LIFE = "life"
+# More than a century is no window but a life; it also keeps the arithmetic far from any limit.
+WINDOW_DAYS_MAX = 36_500
+_WINDOW = re.compile(r"([1-9][0-9]{0,4})d\Z")
+_SECONDS_PER_DAY = 86_400
+
+
+def window_days(horizon: str) -> int:
+    """Length of a window in days; 0 for `life`.
+
+    Raises:
+        PolicyError: the horizon is neither `life` nor a number of days like `30d`.
+    """
+    if horizon == LIFE:
+        return 0
+    found = _WINDOW.match(horizon) if isinstance(horizon, str) else None
+    if found is None or int(found[1]) > WINDOW_DAYS_MAX:
+        raise PolicyError(f"horizon={horizon}: must be life, or days from 1d to {WINDOW_DAYS_MAX}d, like 30d")
+    return int(found[1])
 
 
 @dataclass(frozen=True)
@@ -19,11 +43,13 @@ class Policy:
         unit: `record` (all deliveries of one user_id and event_id) or `user` (all messages of one user_id).
         epsilon: the sealed bound, positive.
         delta: the sealed bound, in (0, 1).
-        horizon: `life`: the bound holds over all rounds ever.
+        horizon: `life`: the bound holds over all rounds ever; `30d`: over all rounds in one window of 30 days.
         attempts: over how many rounds a block may be new; each may pay 1/attempts of the new share.
         replay_share: share of the cap kept for replay in later rounds.
         holdout_share: share of units never trained on.
         orders: the grid of integer Rényi orders.
+        holdout_epsilon: the sealed bound of the people in the holdout, at the same delta and orders.
+        holdout_evaluations: how many paid evaluations the holdout's account is made for; 0: it has none.
 
     Raises:
         PolicyError: a value is out of its bounds, or no order can afford any round.
@@ -32,17 +58,18 @@ class Policy:
     unit: Literal["record", "user"]
     epsilon: float
     delta: float
-    horizon: Literal["life"] = "life"
+    horizon: str = LIFE
     attempts: int = 3
     replay_share: float = 0.25
     holdout_share: float = 0.1
     orders: tuple[int, ...] = ORDERS
+    holdout_epsilon: float = 2.0
+    holdout_evaluations: int = 0
 
     def __post_init__(self) -> None:
         if self.unit not in {"record", "user"}:
             raise PolicyError(f"unit={self.unit}: must be record or user")
-        if self.horizon != "life":
-            raise PolicyError(f"horizon={self.horizon}: must be life")
+        window_days(self.horizon)
         if isinstance(self.attempts, bool) or not isinstance(self.attempts, int) or self.attempts < 1:
             raise PolicyError(f"attempts={self.attempts}: must be a whole number of at least 1")
         for name in ("replay_share", "holdout_share"):
@@ -51,11 +78,71 @@ class Policy:
                 raise PolicyError(f"{name}={share}: must be in [0, 1)")
         object.__setattr__(self, "orders", tuple(self.orders))
         caps(self.orders, self.epsilon, self.delta)
+        self._check_holdout()
+
+    def _check_holdout(self) -> None:
+        count = self.holdout_evaluations
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise PolicyError(f"holdout_evaluations={count}: must be a whole number of at least 0")
+        if count and self.holdout_share == 0.0:
+            raise PolicyError(f"holdout_evaluations={count}: needs somebody in the holdout; holdout_share must be > 0")
+        if count:  # a policy without the account need not be able to afford one
+            caps(self.orders, self.holdout_epsilon, self.delta)
 
     @property
     def caps(self) -> tuple[float, ...]:
         """The filter's bound at each order, nats."""
         return caps(self.orders, self.epsilon, self.delta)
+
+    @property
+    def holdout_caps(self) -> tuple[float, ...]:
+        """The holdout's filter at each order, nats; all zero where there is no holdout account: nothing fits."""
+        if not self.holdout_evaluations:
+            return (0.0,) * len(self.orders)
+        return caps(self.orders, self.holdout_epsilon, self.delta)
+
+    @property
+    def holdout_bounds(self) -> tuple[float, ...]:
+        """What one evaluation may charge the holdout, at each order: its cap over the evaluations it is made for."""
+        return tuple(cap / max(self.holdout_evaluations, 1) for cap in self.holdout_caps)
+
+    def caps_of(self, account: str) -> tuple[float, ...]:
+        """The filter of `train` or `holdout`, nats.
+
+        Raises:
+            PolicyError: there is no such account.
+        """
+        if account not in ACCOUNTS:
+            raise PolicyError(f"account={account}: must be {' or '.join(ACCOUNTS)}")
+        return self.caps if account == TRAIN else self.holdout_caps
+
+    @property
+    def days(self) -> int:
+        """Length of a window in days; 0 for life."""
+        return window_days(self.horizon)
+
+    def window_at(self, seconds: float) -> int:
+        """Number of the window in which a moment falls (POSIX seconds); 0 for life."""
+        return int(seconds // (self.days * _SECONDS_PER_DAY)) if self.days else 0
+
+    @property
+    def span(self) -> str:
+        """Over which rounds the bound holds: 'for life' or 'per window of 30 days'."""
+        if not self.days:
+            return "for life"
+        return f"per window of {self.days} day{'s' if self.days > 1 else ''}"
+
+    def promise(self, account: str = "train") -> str:
+        """What is promised, in words: 'epsilon 8, delta 1e-05 per record, for life'.
+
+        Raises:
+            PolicyError: there is no such account.
+        """
+        if account == HOLDOUT and not self.holdout_evaluations:
+            return "no holdout account: never read"
+        self.caps_of(account)
+        epsilon = self.epsilon if account == TRAIN else self.holdout_epsilon
+        return f"epsilon {epsilon:g}, delta {self.delta:g} per {self.unit}, {self.span}"
 
     @property
     def new_bounds(self) -> tuple[float, ...]:
@@ -84,12 +171,14 @@ class Policy:
             "attempts": self.attempts,
             "replay_share": self.replay_share,
             "holdout_share": self.holdout_share,
+            "holdout_epsilon": self.holdout_epsilon,
+            "holdout_evaluations": self.holdout_evaluations,
             "nominal_units": nominal_units,
         }
 
     @classmethod
     def from_frozen(cls, kept: Mapping[str, Any]) -> Policy:
-        """The policy of a manifest.
+        """The policy of a manifest; one sealed before there were holdout accounts has none.
 
         Raises:
             PolicyError: a field is missing, or the caps are not those of epsilon, delta and orders.
@@ -98,7 +187,8 @@ class Policy:
         missing = [name for name in (*names, "caps") if name not in kept]
         if missing:
             raise PolicyError(f"frozen policy: fields {', '.join(missing)} are missing")
-        policy = cls(**{name: kept[name] for name in names})
+        later = [name for name in ("holdout_epsilon", "holdout_evaluations") if name in kept]
+        policy = cls(**{name: kept[name] for name in (*names, *later)})
         bounds = list(kept["caps"])
         same = len(bounds) == len(policy.caps) and all(
             # A last-bit difference between two mathematics libraries is not a forged cap.

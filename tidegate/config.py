@@ -108,6 +108,15 @@ class PrivacySettings(_Section):
     attempts: Annotated[int, Field(ge=1, le=20)] = 3
     replay_share: Annotated[float, Field(ge=0, lt=1)] = 0.25
     holdout_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    horizon: Annotated[str, Field(pattern=r"^(life|[1-9][0-9]{0,3}d)$")] = "life"
+    holdout_epsilon: Annotated[float, Field(gt=0, le=50)] = 2.0
+    holdout_evaluations: Annotated[int, Field(ge=0, le=100_000)] = 0
+
+    @model_validator(mode="after")
+    def _holdout_has_people(self) -> PrivacySettings:
+        if self.holdout_evaluations and not self.holdout_share:
+            raise ValueError("holdout_evaluations needs somebody in the holdout: holdout_share must be > 0")
+        return self
 
 
 class LoraConfig(_Section):

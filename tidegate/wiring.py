@@ -202,6 +202,9 @@ class Service:
             attempts=privacy.attempts,
             replay_share=privacy.replay_share,
             holdout_share=privacy.holdout_share,
+            horizon=privacy.horizon,
+            holdout_epsilon=privacy.holdout_epsilon,
+            holdout_evaluations=privacy.holdout_evaluations,
         )
 
     def base(self, stream: str, progress: Callable[[int, int, str], None] | None = None) -> Base:
