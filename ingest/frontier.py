@@ -6,7 +6,10 @@ Every lane commits its own with each block; the stream's is the furthest of all 
 from __future__ import annotations
 
 import json
+import operator
 from typing import TYPE_CHECKING
+
+from ingest.errors import RepositoryError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -22,9 +25,16 @@ def to_json(frontier: Frontier) -> bytes:
 
 
 def from_json(data: bytes | None) -> Frontier:
-    """Read :func:`to_json`; nothing read yet where there is no file."""
-    value: Mapping[str, Mapping[str, int]] = {} if data is None else json.loads(data)
-    return {name: {int(p): end for p, end in nexts.items()} for name, nexts in value.items()}
+    """Read :func:`to_json`; nothing read yet where there is no file.
+
+    Raises:
+        RepositoryError: the bytes are no frontier.
+    """
+    try:
+        value: Mapping[str, Mapping[str, int]] = {} if data is None else json.loads(data)
+        return {name: {int(p): operator.index(end) for p, end in nexts.items()} for name, nexts in value.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RepositoryError(f"frontier.json: {error}; restore the data repository from its backup") from None
 
 
 def furthest(frontiers: Iterable[Frontier]) -> Frontier:

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from ingest.errors import LaneConflict
+from ingest.errors import LaneConflict, RepositoryError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -76,9 +76,12 @@ class Ownership:
         data = None if commit is None else self._git.read(commit, _FILE)
         if data is None:
             return Owners(commit)
-        value = json.loads(data)
-        holders = {int(p): tuple(lanes) for p, lanes in value["holders"].items()}
-        return Owners(commit, value["topic"], value["incarnation"], value["renewals"], holders)
+        try:
+            value = json.loads(data)
+            holders = {int(p): tuple(lanes) for p, lanes in value["holders"].items()}
+            return Owners(commit, value["topic"], value["incarnation"], value["renewals"], holders)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RepositoryError(f"{self._ref}: {error}; restore the data repository from its backup") from None
 
     def renew(self, seen: Owners, topic: str, incarnation: str) -> None:
         """Give the topic a new name, unless another lane has changed the map since `seen`.
