@@ -4,6 +4,7 @@ PrivacyError
 ├── PolicyError             a policy or mechanism parameter is impossible
 ├── SignatureError          a signature, key or signed value does not hold
 ├── RandomnessError         a round key is missing, unsafe or not what it was
+├── ExportBroken            an audit's export does not match itself, or cannot be written
 ├── LedgerError             the ledger cannot do what was asked
 │   ├── BudgetExceeded      a block cannot pay; the message has the missing amount and the choices
 │   ├── LedgerConflict      the same id with another content, or a step out of order
@@ -28,6 +29,10 @@ class SignatureError(PrivacyError):
 
 class RandomnessError(PrivacyError):
     """A round key is missing, unsafe or not what it was."""
+
+
+class ExportBroken(PrivacyError):
+    """An audit's export does not match itself, or cannot be written."""
 
 
 class LedgerError(PrivacyError):

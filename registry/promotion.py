@@ -31,7 +31,7 @@ import structlog
 from learner.adapter import adapter_sha256
 from learner.errors import AdapterError
 from privacy.errors import PrivacyError
-from privacy.signing import PublicKey, TrustedKeys
+from privacy.signing import TrustedKeys
 from registry import states
 from registry.approvals import Approval, Approvals, Standing, Verifier
 from registry.approvals import standing as standing_of
@@ -70,16 +70,12 @@ class Trust:
 
     @classmethod
     def from_dir(cls, keys: Path) -> "Trust":
-        """Public keys by their file names: `verdicts*.pub` and `receipts*.pub`.
+        """Public keys by their file names: `verdicts*.pub` and `receipts*.pub`, and what they introduced.
 
         Raises:
-            SignatureError: one of the files holds no Ed25519 public key.
+            SignatureError: one of the files holds no Ed25519 public key, or a rotation does not hold.
         """
-        verdicts, receipts = (
-            TrustedKeys(PublicKey.load(file) for file in sorted(keys.glob(f"{purpose}*.pub")))
-            for purpose in ("verdicts", "receipts")
-        )
-        return cls(verdicts, receipts)
+        return cls(TrustedKeys.from_dir(keys, "verdicts"), TrustedKeys.from_dir(keys, "receipts"))
 
 
 @dataclass(frozen=True)
