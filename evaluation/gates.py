@@ -22,6 +22,8 @@ from evaluation.metrics import (
     p_different,
     smallest_visible_drop,
 )
+from evaluation.private import PrivateScores, gates_of
+from evaluation.private import not_measured as not_measured_privately
 from evaluation.scorer import Predictions, Scorer, one_line, predict
 from evaluation.slices import ALL, Cut, cut
 from evaluation.verdict import Evaluation, Gate, Outcome, Slice
@@ -66,6 +68,7 @@ class CandidateFacts:
         share_used: of the fullest block's filter.
         epsilon, delta, unit: the sealed guarantee.
         private: False when the round's noise was test noise, which guarantees nothing.
+        promise: the sealed guarantee in words, with its horizon (privacy.policy.Policy.promise).
     """
 
     adapter_sha256: str
@@ -78,6 +81,7 @@ class CandidateFacts:
     delta: float
     unit: str
     private: bool
+    promise: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ class _Seen:
     live: Predictions | None
     base: Predictions
     cuts: tuple[Cut, ...]
+    private: PrivateScores | None
 
     @property
     def overall(self) -> Cut:
@@ -105,6 +110,7 @@ def evaluate(
     candidate: str,
     live: str | None,
     facts: CandidateFacts,
+    private: PrivateScores | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Evaluation:
     """Judge a candidate on a gate set.
@@ -118,6 +124,7 @@ def evaluate(
         candidate: name of the adapter that is judged.
         live: name of the adapter that answers now; None when nothing is live.
         facts: what is known of the candidate besides its scores.
+        private: noisy scores on the stream's own holdout, charged before; None: only the gate set is asked.
         progress: told (done, total, what begins).
     """
     step = progress or (lambda _done, _total, _what: None)
@@ -134,7 +141,7 @@ def evaluate(
     step(models, models, "done")
     domains = {record.domain: policy.samples_per_domain_min for record in gate_set.records}
     cuts = cut(gate_set, of_candidate, of_live, of_base, {**domains, ALL: policy.samples_min})
-    seen = _Seen(policy, facts, of_candidate, of_live, of_base, cuts)
+    seen = _Seen(policy, facts, of_candidate, of_live, of_base, cuts, private)
     gates = (
         _scores_finite(seen, threw),
         _accuracy(seen),
@@ -146,6 +153,7 @@ def evaluate(
         _macro_f1(seen),
         *(() if of_live is None else (_better_than_live(seen, of_live),)),
         *in_form,
+        *(() if private is None else gates_of(private, policy, live=of_live is not None)),
     )
     outcome = _outcome(gates)
     log.info("candidate judged", outcome=outcome, gate_set=gate_set.name, records=len(gate_set.records))
@@ -162,6 +170,7 @@ def evaluate(
             "data": gate_set.data,
         },
         facts=facts,
+        private=private,
     )
 
 
@@ -338,7 +347,10 @@ def _not_measured(seen: _Seen) -> tuple[str, ...]:
     """What a reader might believe was checked, and was not."""
     policy = seen.policy
     said = ["whether gate prompts also occur in the private training data: looking would read private data"]
-    said.append("anything on private records: this gate set is public, the stream's own holdout is not released")
+    if seen.private is None:
+        said.append("anything on private records: this gate set is public, the stream's own holdout is not released")
+    else:
+        said += not_measured_privately(seen.private, policy)
     if seen.live is None:
         said.append("forgetting and the gain over live: nothing is live yet")
     if policy.format_samples == 0:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING
 
+from evaluation.metrics import Score
+from evaluation.private import PrivateScores, PrivateSlice, slices_of
 from evaluation.verdict import Evaluation, Gate, ModelScores, Slice
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ def version_markdown(
         _verdict(evaluation),
         _gates(evaluation),
         _domains(evaluation),
+        *(() if evaluation.private is None else (_privately(evaluation.private),)),
         _spent(evaluation),
         _origin(evaluation, data_revision, blocks, parent, base),
         _not_measured(evaluation),
@@ -101,8 +104,8 @@ def _gates(evaluation: Evaluation) -> str:
     lines = [
         "### Gates",
         "",
-        "| gate | decides | result | value | ± se | n | p | must be | metric |",
-        "|---|---|---|---:|---:|---:|---:|---|---|",
+        "| gate | data | decides | result | value | ± se | n | p | must be | metric |",
+        "|---|---|---|---|---:|---:|---:|---:|---|---|",
     ]
     lines += [_gate_row(gate) for gate in evaluation.gates]
     gate_set = evaluation.gate_set
@@ -118,6 +121,7 @@ def _gate_row(gate: Gate) -> str:
     result = _SEEN[gate.outcome] if gate.hard else _ADVICE[gate.outcome]
     cells = (
         gate.name.replace("_", " "),
+        gate.data,
         "yes" if gate.hard else "no",
         result,
         _number(gate.value),
@@ -171,9 +175,44 @@ def _spent(evaluation: Evaluation) -> str:
         "| sealed guarantee | protects one | share of the fullest block's filter used |\n|---|---|---:|\n"
         f"| epsilon {facts.epsilon:g}, delta {facts.delta:g} | {_safe(facts.unit)} "
         f"| {100 * facts.share_used:.1f}% |\n\n"
-        "The guarantee was sealed with the blocks and holds over every round that ever uses them; "
+        + (f"Promised: {_safe(facts.promise)}. " if facts.promise else "")
+        + "The guarantee was sealed with the blocks and holds over every round that uses them; "
         "the signed receipt is a tag of this version."
     )
+
+
+def _privately(scores: PrivateScores) -> str:
+    """Scores on the holdout: the figures that the noisy counts give, and what is left of the account."""
+    head = "### On the stream's own holdout"
+    if scores.counts is None:
+        return f"{head}\n\nNot released: {_safe(scores.refusal)}."
+    told = (
+        f"Noisy counts, sigma {scores.counts.sigma:g}, one vote a {scores.counts.unit}; each ± is one standard error, "
+        f"of sampling and noise together. Charged to the holdouts of {len(scores.blocks)} blocks as "
+        f"{_code(scores.charge_id or '')}; {scores.evaluations_left} more such evaluations can be paid."
+    )
+    lines = [
+        head,
+        "",
+        "| slice | votes (noisy) | live | candidate | gain over live |",
+        "|---|---:|---:|---:|---:|",
+        *(_private_row(part) for part in slices_of(scores.counts, 1, 1)),
+        "",
+        told,
+    ]
+    return "\n".join(lines)
+
+
+def _private_row(part: PrivateSlice) -> str:
+    def cell(score: Score | None) -> str:
+        return "-" if score is None else f"{100 * score.value:+.1f} ± {100 * score.se:.1f}"
+
+    def share(score: Score | None) -> str:
+        return cell(score).removeprefix("+")
+
+    name = _safe(part.domain) if part.domain else "**all together**"
+    votes = f"{part.n} ± {part.noise:.0f}"
+    return "| " + " | ".join((name, votes, share(part.live), share(part.candidate), cell(part.gain))) + " |"
 
 
 def _origin(evaluation: Evaluation, revision: str, blocks: Sequence[str], parent: str, base: Base) -> str:

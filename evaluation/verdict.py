@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     from evaluation.gates import CandidateFacts
     from evaluation.metrics import Score
+    from evaluation.private import PrivateScores
 
 Outcome = Literal["passed", "failed", "undecided"]
 
@@ -37,7 +38,7 @@ class Gate:
         bound: what passes, in words.
         p: of the test, when the gate is one.
         hard: whether it decides.
-        data: "public", or "private" once released counts are judged; charge_id then names what that cost.
+        data: "public", or "private": judged on noisy counts of the holdout; charge_id then names what they cost.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Evaluation:
         slices: all records first, then each domain in alphabetical order.
         not_measured: what this evaluation cannot say, and why.
         gate_set: {name, sha256, n, data}.
+        private: noisy scores on the stream's own holdout; None where none were asked for.
     """
 
     outcome: Outcome
@@ -135,6 +137,7 @@ class Evaluation:
     not_measured: tuple[str, ...]
     gate_set: Mapping[str, Any]
     facts: CandidateFacts
+    private: PrivateScores | None = None
 
     def verdict(self, signer: Signer, made_at: str | None = None) -> dict[str, Any]:
         """The signed verdict. `made_at` is RFC 3339 in UTC, now when not given."""
