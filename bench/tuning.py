@@ -27,11 +27,12 @@ from ingest.record import Record, RecordLimits, parse  # noqa: E402
 from ingest.split import split_of  # noqa: E402
 from learner.adapter import read_adapter  # noqa: E402
 from learner.base import Base, prepare_base  # noqa: E402
-from learner.plan import BlockAccount, LoraSettings, OptimiserSettings, RoundPlan, plan_round  # noqa: E402
+from learner.plan import BlockAccount, RoundPlan, plan_round  # noqa: E402
 from privacy.accounting import epsilon_from_rdp, rdp  # noqa: E402
 from privacy.policy import Policy  # noqa: E402
 from privacy.randomness import TestKey  # noqa: E402
 from tidegate.config import LearnerSettings, PrivacySettings, StreamSettings, load  # noqa: E402
+from tidegate.planning import plan_arguments  # noqa: E402
 
 STREAM = "support-desk"
 # A fixed key: the same records are held out in every run. (A workspace draws its own.)
@@ -106,7 +107,7 @@ def planned(
     parent_sha256: str | None,
 ) -> RoundPlan:
     """A plan over new blocks and those that have spent."""
-    learner, policy = settings.learner, policy_of(settings)
+    policy = policy_of(settings)
     frozen = policy.frozen(settings.ingest.block_offsets)
     return plan_round(
         round_id=f"tuning-{seed}-{'second' if spent else 'first'}",
@@ -117,18 +118,8 @@ def planned(
         data_revision="0" * 40,
         new=[BlockAccount(name, frozen, (0.0,) * len(policy.orders)) for name in new],
         replay=[BlockAccount(name, frozen, paid) for name, paid in spent.items()],
-        expected_batch=learner.expected_batch,
-        steps=learner.steps,
-        clip_norm=learner.clip_norm,
-        replay_rate=learner.replay_rate,
-        q_max=learner.sampling_rate_max,
-        lora=LoraSettings(**learner.lora.model_dump()),
-        optimiser=OptimiserSettings(
-            learning_rate=learner.learning_rate,
-            warmup_share=learner.warmup_share,
-            weight_decay=learner.weight_decay,
-        ),
         noise_source="test",
+        **plan_arguments(settings.learner),
     )
 
 

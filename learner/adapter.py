@@ -23,6 +23,8 @@ from privacy.canonical import sha256_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from learner.plan import LoraSettings
+
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 # The linear layers of a Qwen2 block, and the part of the block each lives in.
@@ -321,6 +323,17 @@ def _base_shapes(base: Base) -> tuple[int, dict[str, tuple[int, int]]]:
         "up_proj": (wide, hidden),
         "down_proj": (hidden, wide),
     }
+
+
+def trained_weights(base: Base, settings: "LoraSettings") -> int:
+    """P, how many weights a round of these settings trains on a base, from its config alone.
+
+    Raises:
+        AdapterError: the config cannot be read.
+    """
+    layers, shapes = _base_shapes(base)
+    each = sum(settings.r * sum(shape) for target, shape in shapes.items() if target in settings.targets)
+    return each * len(settings.layer_indices(layers))
 
 
 def _places(

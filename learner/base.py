@@ -104,6 +104,12 @@ def prepare_base(spec: str, cache: Path, progress: Progress | None = None) -> Ba
     )
 
 
+def is_prepared(spec: str, cache: Path) -> bool:
+    """Whether `prepare_base` would find the base at once: nothing is made or downloaded for it."""
+    local = spec != EMBEDDED and Path(spec).expanduser().is_dir()
+    return local or (cache / _slug(spec) / _PROVENANCE).is_file()
+
+
 def load_model(base: Base) -> Any:
     """The base as a frozen `Qwen2ForCausalLM`: fp32, sdpa attention, eval mode, no gradients asked for.
 

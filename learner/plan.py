@@ -192,7 +192,7 @@ def plan_round(
     kept = tuple(replay) if replay_rate else ()
     while True:
         q, batch = _rate(new, kept, rate, expected_batch, q_max)
-        sigma = _sigma(new, q, steps, sigma_max)
+        sigma = _sigma(round_id, new, q, steps, sigma_max)
         able = tuple(block for block in kept if _share(block, q * rate, sigma, steps) <= 1.0)
         if len(able) == len(kept):
             break
@@ -240,7 +240,7 @@ def _rate(
     return q, q * weight
 
 
-def _sigma(new: Sequence[BlockAccount], q: float, steps: int, sigma_max: float) -> float:
+def _sigma(round_id: str, new: Sequence[BlockAccount], q: float, steps: int, sigma_max: float) -> float:
     """The smallest noise at which every new block pays within its allowance and within what is left of its cap."""
     demands = []
     for block in new:
@@ -250,12 +250,24 @@ def _sigma(new: Sequence[BlockAccount], q: float, steps: int, sigma_max: float) 
     sigma = calibrate(demands, steps)
     if sigma is not None and sigma <= sigma_max:
         return sigma
-    shares = {block.block_id: _share(block, q, sigma_max, steps, new=True) for block in new}
-    missing = ", ".join(f"{name} lacks {share - 1:.0%} of its allowance" for name, share in shares.items() if share > 1)
+    short = [text for block in new if (text := _short(block, q, steps, sigma_max))]
     raise PlanError(
-        f"sigma={'none' if sigma is None else sigma}: must be <= {sigma_max:g}; at that bound {missing}; "
-        f"choose fewer steps (now {steps}), a smaller expected_batch (now q={q:.3g}), or wait for new blocks"
+        f"round={round_id}: blocks {', '.join(short)} cannot pay, even at sigma={sigma_max:g}, the most that leaves "
+        f"anything of a gradient; must stay within 100% of the sealed filter and of what it allows for being new once; "
+        f"choose fewer steps (now {steps}), a smaller expected_batch (now q={q:.3g}), leave them out, "
+        f"or wait for new blocks"
     )
+
+
+def _short(block: BlockAccount, q: float, steps: int, sigma: float) -> str:
+    """What a new block lacks, in the ledger's words; empty when it can pay."""
+    caps = tuple(block.policy["caps"])
+    rho = rdp(q, sigma, steps, tuple(block.policy["orders"]))
+    used, after = share_used(block.spent, caps), _share(block, q, sigma, steps)
+    once = share_used(rho, _allowance(block))
+    if after > 1:
+        return f"{block.block_id} (used {used:.1%}, asked {after - used:.1%}, over by {after - 1:.1%})"
+    return f"{block.block_id} (asked {once:.1%} of its allowance, over by {once - 1:.1%})" if once > 1 else ""
 
 
 def _allowance(block: BlockAccount) -> tuple[float, ...]:
@@ -264,11 +276,7 @@ def _allowance(block: BlockAccount) -> tuple[float, ...]:
     return tuple(part * cap for cap in block.policy["caps"])
 
 
-def _share(block: BlockAccount, q: float, sigma: float, steps: int, *, new: bool = False) -> float:
-    """What the block would have used of its filter afterwards, at its best order; above 1 it cannot pay.
-
-    For a new block also what it would use of its allowance, whichever is worse.
-    """
+def _share(block: BlockAccount, q: float, sigma: float, steps: int) -> float:
+    """What the block would have used of its filter afterwards, at its best order; above 1 it cannot pay."""
     rho = rdp(q, sigma, steps, tuple(block.policy["orders"]))
-    used = share_used([s + r for s, r in zip(block.spent, rho, strict=True)], tuple(block.policy["caps"]))
-    return max(used, share_used(rho, _allowance(block))) if new else used
+    return share_used([s + r for s, r in zip(block.spent, rho, strict=True)], tuple(block.policy["caps"]))

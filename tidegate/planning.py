@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
 
 import structlog
 
@@ -12,54 +13,34 @@ from tidegate import ancestry
 from tidegate.errors import RoundRefused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from ingest.manifest import Manifest
-    from learner.plan import BlockAccount, RoundPlan
+    from learner.plan import BlockAccount, LoraSettings, OptimiserSettings, RoundPlan
     from privacy.ledger import Charge
+    from tidegate.config import LearnerSettings
     from tidegate.wiring import Service
 
 log = structlog.get_logger()
 
 
-def make_plan(
-    service: Service, stream: str, tell: Callable[[str, int, int], None], *, test_noise: bool
-) -> RoundPlan | str:
-    """A plan for the stream's next round, or the reason why none is due.
+class PlanArguments(TypedDict):
+    """What of a stream's settings goes into `learner.plan.plan_round`."""
 
-    Raises:
-        RoundRefused: every new block has been tried as often as its policy allows.
-        PlanError: no block can pay.
-    """
-    from learner.plan import LoraSettings, OptimiserSettings, plan_round
+    expected_batch: float
+    steps: int
+    clip_norm: float
+    replay_rate: float
+    q_max: float
+    lora: LoraSettings
+    optimiser: OptimiserSettings
 
-    settings = service.stream(stream)
-    repo = service.repository()
-    revision = repo.pin(stream)
-    manifests = register_blocks(service, stream, revision)
-    if not manifests:
-        return "no block is sealed yet"
-    versions = service.store.versions(service.model(stream))
-    live = ancestry.find_live(versions, service.trusted("approvals"))
-    waiting = _fresh_candidates(service, stream, versions, live)
-    if waiting and settings.learner.waiting == "hold":
-        numbers = ", ".join(str(v.version) for v in waiting)
-        return f"version {numbers} waits for approval; approve or reject it (learner.waiting=hold)"
-    known = live.block_ids if live else frozenset()
-    fresh = [m for m in manifests if m.block_id not in known]
-    if not fresh:
-        return f"nothing new since version {live.version if live else 0}"
-    base = service.base(stream, lambda done, of, what: tell(what, done, of))
-    learner = settings.learner
-    plan = plan_round(
-        stream=stream,
-        round_id=next_round_id(service, stream),
-        attempt=1,
-        parent_sha256=live.adapter_sha256 if live else None,
-        base_sha256=base.sha256,
-        data_revision=revision,
-        new=[_account(service, m) for m in _with_attempts_left(service, stream, fresh)],
-        replay=[_account(service, m) for m in manifests if m.block_id in known],
+
+def plan_arguments(learner: LearnerSettings) -> PlanArguments:
+    """A stream's learner settings as arguments of `plan_round`: the only place that maps one to the other."""
+    from learner.plan import LoraSettings, OptimiserSettings
+
+    return PlanArguments(
         expected_batch=learner.expected_batch,
         steps=learner.steps,
         clip_norm=learner.clip_norm,
@@ -71,7 +52,118 @@ def make_plan(
             warmup_share=learner.warmup_share,
             weight_decay=learner.weight_decay,
         ),
+    )
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A stream's blocks as the next round finds them: public sizes, policies and accounts, nothing of their content.
+
+    Attributes:
+        revision: the data revision they were read from.
+        parent_sha256: the live adapter; None when nothing is live.
+        live_version: its number, 0 when nothing is live.
+        new: blocks outside the live version's ancestry that may still be new.
+        replay: blocks of the live version's ancestry.
+        tried: blocks outside it that were new as often as their policy allows.
+        times_new: how many rounds each of the blocks outside the ancestry was charged for.
+        waits: candidates that wait for a person and hold the schedule.
+    """
+
+    stream: str
+    revision: str
+    parent_sha256: str | None
+    live_version: int
+    new: tuple[BlockAccount, ...]
+    replay: tuple[BlockAccount, ...]
+    tried: tuple[BlockAccount, ...]
+    times_new: Mapping[str, int]
+    waits: tuple[int, ...] = ()
+
+    @property
+    def idle(self) -> str:
+        """Why no round is due, though nothing is wrong; empty when one is."""
+        if not (self.new or self.replay or self.tried):
+            return "no block is sealed yet"
+        if self.waits:
+            numbers = ", ".join(map(str, self.waits))
+            return f"version {numbers} waits for approval; approve or reject it (learner.waiting=hold)"
+        if not (self.new or self.tried):
+            return f"nothing new since version {self.live_version}"
+        return ""
+
+    def require_new(self) -> None:
+        """Raise RoundRefused when every block that is not in the live version was tried as often as it may be."""
+        if self.new:
+            return
+        shown = ", ".join(f"{block.block_id} (new in {self.times_new[block.block_id]} rounds)" for block in self.tried)
+        raise RoundRefused(
+            f"stream={self.stream}: blocks {shown} cannot pay for being new again; must be new in at most "
+            f"{self.tried[0].policy['attempts']} rounds (privacy.attempts, sealed), and the live version knows none; "
+            f"return to a version that does, or wait for new blocks"
+        )
+
+
+def survey(service: Service, stream: str, versions: Sequence[ModelVersion], *, tidy: bool = False) -> Survey:
+    """Look at a stream's blocks through the ledger; they are made known to it, which is idempotent.
+
+    Args:
+        service: the workspace.
+        stream: its name.
+        versions: of its registered model; none: nothing is taken to be live.
+        tidy: archive candidates whose parent is no longer live, as a round does.
+
+    Raises:
+        TidegateError: a version stands in Production without a valid approval.
+    """
+    revision = service.repository().pin(stream)
+    manifests = register_blocks(service, stream, revision)
+    live = ancestry.find_live(versions, service.trusted("approvals")) if manifests else None
+    fresh = _fresh_candidates(service, stream, versions, live, tidy=tidy) if manifests else []
+    holds = service.stream(stream).learner.waiting == "hold"
+    known = live.block_ids if live else frozenset()
+    times = _times_charged(service, stream)
+    outside = [m for m in manifests if m.block_id not in known]
+    return Survey(
+        stream=stream,
+        revision=revision,
+        parent_sha256=live.adapter_sha256 if live else None,
+        live_version=live.version if live else 0,
+        new=tuple(_account(service, m) for m in outside if times[m.block_id] < m.policy.attempts),
+        replay=tuple(_account(service, m) for m in manifests if m.block_id in known),
+        tried=tuple(_account(service, m) for m in outside if times[m.block_id] >= m.policy.attempts),
+        times_new={m.block_id: times[m.block_id] for m in outside},
+        waits=tuple(v.version for v in fresh) if holds else (),
+    )
+
+
+def make_plan(
+    service: Service, stream: str, tell: Callable[[str, int, int], None], *, test_noise: bool
+) -> RoundPlan | str:
+    """A plan for the stream's next round, or the reason why none is due.
+
+    Raises:
+        RoundRefused: every new block has been tried as often as its policy allows.
+        PlanError: no block can pay.
+    """
+    from learner.plan import plan_round
+
+    found = survey(service, stream, service.store.versions(service.model(stream)), tidy=True)
+    if found.idle:
+        return found.idle
+    base = service.base(stream, lambda done, of, what: tell(what, done, of))
+    found.require_new()
+    plan = plan_round(
+        stream=stream,
+        round_id=next_round_id(service, stream),
+        attempt=1,
+        parent_sha256=found.parent_sha256,
+        base_sha256=base.sha256,
+        data_revision=found.revision,
+        new=found.new,
+        replay=found.replay,
         noise_source="test" if test_noise else "system",
+        **plan_arguments(service.stream(stream).learner),
     )
     will_use = max(_share_after(service, charge) for charge in plan.charges())
     log.info(
@@ -115,36 +207,32 @@ def next_round_id(service: Service, stream: str) -> str:
     """`STREAM-r0001` and up: one more than the ledger and the rounds folder have seen."""
     seen = {row.round_id for row in service.ledger.rows(stream)}
     seen |= {path.name for path in (service.workspace.root / "rounds").glob(f"{stream}-r*")}
-    numbers = [int(name.rpartition("-r")[2]) for name in seen]
+    # An evaluation is named after the round whose candidate it judges: `STREAM-r0001-holdout`.
+    numbers = [int(name.rpartition("-r")[2].partition("-")[0]) for name in seen]
     return f"{stream}-r{max(numbers, default=0) + 1:04d}"
 
 
 def _fresh_candidates(
-    service: Service, stream: str, versions: Sequence[ModelVersion], live: ancestry.Live | None
+    service: Service, stream: str, versions: Sequence[ModelVersion], live: ancestry.Live | None, *, tidy: bool
 ) -> list[ModelVersion]:
-    """Candidates that could still be approved; those whose parent is no longer live are archived as stale."""
+    """Candidates that could still be approved; with `tidy`, those whose parent is no longer live become stale."""
     parent = live.adapter_sha256 if live else ""
     fresh = []
     for version in waiting(versions):
         if version.tag("parent_sha256") == parent:
             fresh.append(version)
-            continue
-        service.store.archive(service.model(stream), version.version, state="stale")
-        log.info("candidate stale", stream=stream, version=version.version, reason="its parent is no longer live")
+        elif tidy:
+            service.store.archive(service.model(stream), version.version, state="stale")
+            reason = "its parent is no longer live"
+            log.info("candidate stale", stream=stream, version=version.version, reason=reason)
     return fresh
 
 
-def _with_attempts_left(service: Service, stream: str, fresh: Sequence[Manifest]) -> list[Manifest]:
-    """New blocks that were not yet charged as often as their policy's attempts allow."""
-    charged = Counter(
-        charge.block_id for row in service.ledger.rows(stream) if row.state == "reserved" for charge in row.charges
+def _times_charged(service: Service, stream: str) -> Counter[str]:
+    """How many attempts each block was charged for in rounds."""
+    return Counter(
+        charge.block_id
+        for row in service.ledger.rows(stream)
+        if row.state == "reserved" and getattr(row, "account", "train") == "train"
+        for charge in row.charges
     )
-    able = [m for m in fresh if charged[m.block_id] < m.policy.attempts]
-    if not able:
-        names = ", ".join(m.block_id for m in fresh)
-        raise RoundRefused(
-            f"stream={stream}: blocks {names} have been new in {fresh[0].policy.attempts} rounds, as many as their "
-            f"sealed policy allows (privacy.attempts), and the live version knows none; return to one that "
-            f"does, or wait for a new block"
-        )
-    return able

@@ -90,7 +90,10 @@ def test_replay_blocks_that_cannot_pay_are_left_out_by_name_and_the_rest_share_t
 def test_a_new_block_that_cannot_pay_names_block_missing_share_and_choices():
     block = account("worn", units=200)
     worn = BlockAccount("worn", block.policy, tuple(block.policy["caps"]))
-    with pytest.raises(PlanError, match=r"worn lacks \d+%.*fewer steps.*smaller expected_batch") as caught:
+    with pytest.raises(
+        PlanError,
+        match=r"round=r1: blocks worn \(used 100.0%, asked .*over by .*cannot pay.*fewer steps.*smaller expected_batch",
+    ) as caught:
         planned([worn, account("fresh", units=200)])
     assert "fresh" not in str(caught.value)
 
@@ -128,3 +131,12 @@ def test_planning_imports_no_torch():
     code = f"import sys, learner.plan, learner.errors; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_number_of_trained_weights_is_that_of_the_model(tiny):
+    from learner.adapter import trained_weights
+    from learner.base import load_model
+    from learner.lora import LoraModel
+
+    for settings in (LoraSettings(r=2, layers=1), LoraSettings(r=3, layers=0, targets=("k_proj", "down_proj"))):
+        assert trained_weights(tiny, settings) == LoraModel.width(load_model(tiny), settings)

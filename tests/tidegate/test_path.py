@@ -245,7 +245,7 @@ def test_test_noise_is_rebuilt_bit_for_bit_and_never_promoted(desk, tmp_path):
     # After the rollback the second round's blocks are new again, but their one attempt is spent.
     refused = desk.run("round", STREAM, check=False)
     assert refused.returncode == 1
-    assert "have been new in 1 rounds" in refused.stderr
+    assert "(new in 1 rounds) cannot pay for being new again" in refused.stderr
     before = desk.sealed()
     file = write_jsonl(desk.root / "run" / "third.jsonl", stream_rows(offset=1000)[:300])
     desk.run("produce", STREAM, str(file))
