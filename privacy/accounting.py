@@ -10,7 +10,14 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
+from numpy.typing import NDArray
+
 from privacy.errors import PolicyError
+
+Mechanism = tuple[float, float, int]  # q, sigma, steps
+Vector = NDArray[np.float64]
+Indices = NDArray[np.int64]
 
 # Integer orders that cover epsilon 0.1 to 50 at delta 1e-9 to 1e-3. Each costs log(K) in delta (see `cap`), so the
 # grid is coarse where neighbours convert to nearly the same epsilon.
@@ -19,6 +26,10 @@ ORDERS_MAX = 16
 # Below this noise the Gaussian's own Rényi divergence is beyond any budget this product accepts.
 SIGMA_MIN = 0.05
 SIGMA_MAX = 10_000.0
+# Prices kept per grid: 200,000 of 16 orders are 50 MB, more rounds than a service sees in years.
+VECTORS_MAX = 200_000
+# Mechanisms computed at a time: their 240 terms each stay in the cache.
+_BATCH = 1_000
 
 
 def _is_number(value: object) -> bool:
@@ -42,32 +53,67 @@ def check_orders(orders: Sequence[int]) -> None:
         raise PolicyError(f"orders={list(orders)}: must be 1 to {ORDERS_MAX} distinct ascending integers >= 2")
 
 
-@lru_cache(maxsize=100_000)
-def _rdp_step(q: float, sigma: float, order: int) -> float:
-    """RDP of one step at one integer order: log A / (order - 1).
+class _Grid:
+    """What the sums at a grid of orders have in common: one column for every order a and k = 2..a, orders in turn."""
+
+    def __init__(self, orders: tuple[int, ...]) -> None:
+        pairs = [(order, k) for order in orders for k in range(2, order + 1)]
+        self.k = np.array([float(k) for _, k in pairs])
+        self.rest = np.array([float(order - k) for order, k in pairs])
+        self.choices = np.array([math.log(math.comb(order, k)) for order, k in pairs])
+        self.starts = np.cumsum([0, *(order - 1 for order in orders[:-1])])  # of each order's columns
+        self.lengths = np.array([order - 1 for order in orders])
+        self.orders = np.array([float(order) for order in orders])
+
+
+_grid = lru_cache(maxsize=64)(_Grid)
+
+
+def _rdp_steps(q: Vector, sigma: Vector, grid: _Grid) -> Vector:
+    """(N, K) RDP of one step for N mechanisms at K integer orders: log A / (order - 1).
 
     A = sum_k C(order, k) (1-q)^(order-k) q^k exp(x_k) with x_k = k(k-1) / (2 sigma^2). The binomial weights sum to one,
     so A - 1 is the same sum over exp(x_k) - 1, which is zero for k < 2: taken like this nothing cancels, and a tiny q
     is not rounded down to a price of zero.
     """
-    half = 0.5 / sigma / sigma
-    if q == 1.0:
-        return order * half
-    if q == 0.0:
-        return 0.0
-    terms = []
-    for k in range(2, order + 1):
-        x = k * (k - 1) * half
-        if math.isinf(x):
-            return math.inf
-        if x > 0.0:  # else sigma is so large that the term is below the smallest double
-            weight = math.log(math.comb(order, k)) + k * math.log(q) + (order - k) * math.log1p(-q)
-            terms.append(weight + x + math.log(-math.expm1(-x)))
-    if not terms:
-        return 0.0
-    top = max(terms)
-    log_excess = top + math.log(math.fsum(math.exp(t - top) for t in terms))  # log(A - 1)
-    return (max(log_excess, 0.0) + math.log1p(math.exp(-abs(log_excess)))) / (order - 1)
+    half = 0.5 / sigma / sigma  # (N,)
+    plain = (q > 0.0) & (q < 1.0)
+    p = np.where(plain, q, 0.5)  # the ends have closed forms, below
+    x = (grid.k * (grid.k - 1.0)) * half[:, None]  # (N, T)
+    weight = grid.choices + grid.k * np.log(p)[:, None] + grid.rest * np.log1p(-p)[:, None]
+    terms = weight + x + np.log(-np.expm1(-x))  # minus infinity where sigma is so large that x is zero
+    top = np.maximum.reduceat(terms, grid.starts, axis=1)  # (N, K)
+    shift = np.where(np.isfinite(top), top, 0.0)
+    spread = np.exp(terms - np.repeat(shift, grid.lengths, axis=1))
+    log_excess = shift + np.log(np.add.reduceat(spread, grid.starts, axis=1))  # log(A - 1)
+    found = (np.maximum(log_excess, 0.0) + np.log1p(np.exp(-np.abs(log_excess)))) / (grid.orders - 1.0)
+    found = np.where(np.isinf(top), np.where(top > 0.0, np.inf, 0.0), found)
+    found = np.where((q == 1.0)[:, None], grid.orders * half[:, None], found)
+    answer: Vector = np.where((q == 0.0)[:, None], 0.0, found)
+    return answer
+
+
+_vectors: dict[tuple[int, ...], dict[Mechanism, Vector]] = {}
+
+
+def vectors(mechanisms: Sequence[Mechanism], orders: Sequence[int]) -> Vector:
+    """RDP of (q, sigma, steps) mechanisms, (N, K), nats; each is computed once and kept.
+
+    The mechanisms must have passed `check_mechanism`, the orders `check_orders`.
+    """
+    kept = _vectors.setdefault(tuple(orders), {})
+    if len(kept) > VECTORS_MAX:
+        kept.clear()
+    missing = [mechanism for mechanism in dict.fromkeys(mechanisms) if mechanism not in kept]
+    for first in range(0, len(missing), _BATCH):
+        part = missing[first : first + _BATCH]
+        q, sigma, steps = (np.array(column, dtype=np.float64) for column in zip(*part, strict=True))
+        with np.errstate(all="ignore"):  # infinities are meant
+            found = _rdp_steps(q, sigma, _grid(tuple(orders))) * steps[:, None]
+        kept.update(zip(part, found, strict=True))
+    if not mechanisms:
+        return np.zeros((0, len(orders)))
+    return np.array([kept[mechanism] for mechanism in mechanisms])
 
 
 def rdp(q: float, sigma: float, steps: int, orders: Sequence[int]) -> tuple[float, ...]:
@@ -84,7 +130,24 @@ def rdp(q: float, sigma: float, steps: int, orders: Sequence[int]) -> tuple[floa
     """
     check_mechanism(q, sigma, steps)
     check_orders(orders)
-    return tuple(steps * _rdp_step(float(q), float(sigma), order) for order in orders)
+    return tuple(vectors([(float(q), float(sigma), steps)], orders)[0].tolist())
+
+
+def totals(owner: Indices, mechanism: Indices, prices: Vector, count: int) -> Vector:
+    """(count, K): the sum of prices[mechanism[i]] for each owner[i], in the order of i.
+
+    Equal, bit for bit, to adding them one after another, so that a replay equals what was in memory.
+
+    Args:
+        owner: (N,) in [0, count).
+        mechanism: (N,) rows of `prices`.
+        prices: (M, K), nats.
+        count: how many owners there are.
+    """
+    total = np.zeros((prices.shape[1], count))
+    for order in range(prices.shape[1]):
+        np.add.at(total[order], owner, prices[:, order][mechanism])
+    return np.ascontiguousarray(total.T)
 
 
 def _conversion(order: int, delta: float) -> float:
@@ -115,11 +178,16 @@ def caps(orders: Sequence[int], epsilon: float, delta: float) -> tuple[float, ..
         raise PolicyError(f"epsilon={epsilon}: must be positive and finite")
     if not (_is_number(delta) and 0.0 < delta < 1.0):
         raise PolicyError(f"delta={delta}: must be in (0, 1)")
-    share = delta / len(orders)
-    found = tuple(epsilon - _conversion(order, share) for order in orders)
+    found = _caps(tuple(orders), float(epsilon), float(delta))
     if max(found) <= 0.0:
         raise PolicyError(f"epsilon={epsilon}, delta={delta}: no Rényi order of {list(orders)} can afford any round")
     return found
+
+
+@lru_cache(maxsize=1024)
+def _caps(orders: tuple[int, ...], epsilon: float, delta: float) -> tuple[float, ...]:
+    share = delta / len(orders)
+    return tuple(epsilon - _conversion(order, share) for order in orders)
 
 
 def fits(spent: Sequence[float], rho: Sequence[float], bounds: Sequence[float]) -> bool:
@@ -129,7 +197,16 @@ def fits(spent: Sequence[float], rho: Sequence[float], bounds: Sequence[float]) 
 
 def share_used(spent: Sequence[float], bounds: Sequence[float]) -> float:
     """Share of the filter used: at the order that has the most left, spent over cap. 0 is untouched, 1 is full."""
-    return min(s / c for s, c in zip(spent, bounds, strict=True) if c > 0.0)
+    return min((s / c for s, c in zip(spent, bounds, strict=True) if c > 0.0), default=0.0)
+
+
+def shares_used(spent: Vector, bounds: Sequence[float]) -> Vector:
+    """`share_used` of each row of (N, K), bit for bit."""
+    usable = [at for at, cap in enumerate(bounds) if cap > 0.0]
+    if not usable or not len(spent):
+        return np.zeros(len(spent))
+    found: Vector = (spent[:, usable] / np.array([bounds[at] for at in usable])).min(axis=1)
+    return found
 
 
 def calibrate(

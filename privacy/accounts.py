@@ -3,6 +3,9 @@
 Unit `record`: a record is in exactly one block and pays what its block pays. Unit `user`: a user may be in every block
 of the stream that was sealed under that unit, so each of those blocks pays for every round that uses any of them, once
 a round, and each of them must be able to.
+
+A block has two accounts, because the people in its holdout are never trained on: `train` and `holdout`. With windows
+as its horizon, only charges of the same window count.
 """
 
 from __future__ import annotations
@@ -10,29 +13,45 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+import numpy as np
 import sqlalchemy as sa
 
 from privacy import accounting, tables
+from privacy.accounting import Mechanism
 from privacy.chain import Charge
 from privacy.errors import LedgerError
-from privacy.policy import Policy
+from privacy.policy import ACCOUNTS, HOLDOUT, TRAIN, Policy
 
 
 @dataclass(frozen=True)
 class Account:
-    """A block's policy and what it has spent, per order of the policy's grid, nats."""
+    """A block's policy and what it has spent, per order of the policy's grid, nats.
+
+    Of a block with windows: spent in the present one.
+    """
 
     block_id: str
     stream: str
     policy: Policy
     spent: tuple[float, ...]
+    holdout_spent: tuple[float, ...]
 
     @property
     def share_used(self) -> float:
         """Share of the block's filter used, in [0, 1]: spent over cap at the order that has the most left."""
         return accounting.share_used(self.spent, self.policy.caps)
+
+    @property
+    def holdout_share_used(self) -> float:
+        """The same of its holdout's filter; 0 where there is no such account."""
+        return accounting.share_used(self.holdout_spent, self.policy.holdout_caps)
+
+    def spent_of(self, account: str) -> tuple[float, ...]:
+        """Spent by `train` or `holdout`."""
+        return self.spent if account == TRAIN else self.holdout_spent
 
 
 @dataclass(frozen=True)
@@ -44,106 +63,247 @@ class Shortfall:
     share_asked: float
 
 
-def read(db: sa.Connection, names: Iterable[str]) -> dict[str, Account]:
-    """Accounts of the blocks that are known, by name."""
-    rows = {str(row.block_id): row for row in _blocks(db, tables.blocks.c.block_id.in_(list(names)))}
-    policies = {name: _policy(row) for name, row in rows.items()}
-    purse = {name: name for name, policy in policies.items() if policy.unit == "record"}
-    for stream in {str(rows[name].stream) for name in rows if name not in purse}:
-        purse.update(dict.fromkeys(_user_blocks(db, stream), f"users of {stream}"))
-    paid: dict[str, dict[int, Charge]] = {owner: {} for owner in purse.values()}
-    for entry in _charges(db, purse):
-        # The user blocks of one round have one mechanism (`_check_together`), and a user pays it once.
-        paid[purse[entry.block_id]].setdefault(entry.seq, Charge(entry.block_id, entry.q, entry.sigma, entry.steps))
+class _Purse(NamedTuple):
+    """Charges that add up: who pays, from which account, over which horizon, on which grid of orders."""
+
+    owner: str
+    account: str
+    horizon: str
+    orders: tuple[int, ...]
+
+
+class _Entry(NamedTuple):
+    """One charge: its mechanism, whose budget, in which window of which horizon."""
+
+    mechanism: Mechanism
+    account: str
+    window: int
+    horizon: str
+
+
+def read(db: sa.Connection, names: Iterable[str], now: float) -> dict[str, Account]:
+    """Accounts of the blocks that are known, by name.
+
+    Args:
+        db: an open transaction.
+        names: ids of blocks.
+        now: POSIX seconds, to know which window is the present one.
+    """
+    rows = {str(row.block_id): row for row in _blocks(db, list(names))}
+    policies = {name: policy_of(row.policy) for name, row in rows.items()}
+    owners = {name: name if policies[name].unit == "record" else _users(row.stream) for name, row in rows.items()}
+    entries = _entries_of_blocks(db, [name for name, policy in policies.items() if policy.unit == "record"], policies)
+    for stream in sorted({str(rows[name].stream) for name, policy in policies.items() if policy.unit == "user"}):
+        entries[_users(stream)] = _entries_of_users(db, stream)
+    windows = {(str(rows[name].stream), policy.horizon): 0 for name, policy in policies.items() if policy.days}
+    for stream, horizon in windows:
+        policy = next(p for p in policies.values() if p.horizon == horizon)
+        windows[stream, horizon] = present_window(db, stream, policy, now)
+    present = {name: windows.get((str(row.stream), policies[name].horizon), 0) for name, row in rows.items()}
+    purses: dict[_Purse, list[Mechanism]] = {}
+    for name, policy in policies.items():
+        for account in ACCOUNTS:
+            purse = _Purse(owners[name], account, policy.horizon, policy.orders)
+            if purse not in purses:
+                purses[purse] = _counted(entries.get(owners[name], ()), account, policy.horizon, present[name])
+    spent = _added(purses)
     return {
-        name: Account(name, str(row.stream), policies[name], _total(paid[purse[name]].values(), policies[name]))
+        name: Account(
+            name,
+            str(row.stream),
+            policies[name],
+            *(spent[_Purse(owners[name], a, policies[name].horizon, policies[name].orders)] for a in ACCOUNTS),
+        )
         for name, row in rows.items()
     }
 
 
-def require(db: sa.Connection, names: Sequence[str]) -> dict[str, Account]:
+def _users(stream: str) -> str:
+    # No block has this name: a block's id never holds a space's worth of stream.
+    return f"users of {stream}"
+
+
+def _counted(entries: Sequence[_Entry], account: str, horizon: str, window: int) -> list[Mechanism]:
+    """What counts in a window. A user's charge under another horizon always does: it may fall into any window."""
+    return [e.mechanism for e in entries if e.account == account and (e.window == window or e.horizon != horizon)]
+
+
+def _added(purses: Mapping[_Purse, Sequence[Mechanism]]) -> dict[_Purse, tuple[float, ...]]:
+    found: dict[_Purse, tuple[float, ...]] = {}
+    for orders in {purse.orders for purse in purses}:
+        mine = [purse for purse in purses if purse.orders == orders]
+        numbers: dict[Mechanism, int] = {}
+        paid = [numbers.setdefault(m, len(numbers)) for purse in mine for m in purses[purse]]
+        owner = np.repeat(np.arange(len(mine)), [len(purses[purse]) for purse in mine])
+        prices = accounting.vectors(list(numbers), orders)
+        total = accounting.totals(owner, np.array(paid, np.int64), prices, len(mine))
+        found.update(zip(mine, map(tuple, total.tolist()), strict=True))
+    return found
+
+
+def present_window(db: sa.Connection, stream: str, policy: Policy, now: float) -> int:
+    """Number of the window in which a charge made now falls; 0 for life.
+
+    It never falls, also when the clock goes back: at least the window of the stream's newest charge of that horizon.
+    """
+    if not policy.days:
+        return 0
+    newest = (
+        sa.select(tables.ledger.c.window)
+        .join(tables.charges, tables.charges.c.seq == tables.ledger.c.seq)
+        .join(tables.blocks, tables.blocks.c.block_id == tables.charges.c.block_id)
+        .where(
+            tables.ledger.c.stream == stream,
+            tables.ledger.c.window > 0,
+            tables.charges.c.position == 0,
+            # The blocks of a row have one horizon, and policies are stored as canonical JSON.
+            tables.blocks.c.policy.contains(f'"horizon":"{policy.horizon}"', autoescape=True),
+        )
+        .order_by(tables.ledger.c.window.desc())
+        .limit(1)
+    )
+    return max(int(db.execute(newest).scalar() or 0), policy.window_at(now))
+
+
+def require(db: sa.Connection, names: Sequence[str], now: float) -> dict[str, Account]:
     """Accounts of these blocks.
 
     Raises:
         LedgerError: one is unknown.
     """
-    found = read(db, names)
+    found = read(db, names, now)
     missing = [name for name in names if name not in found]
     if missing:
         raise LedgerError(f"block={', '.join(missing)}: unknown to the ledger; is it sealed and committed?")
     return found
 
 
-def shortfalls(db: sa.Connection, charges: Sequence[Charge], stream: str | None = None) -> list[Shortfall]:
-    """Blocks whose filter has no order left for these charges.
+def shortfalls(
+    db: sa.Connection, charges: Sequence[Charge], now: float, *, account: str = TRAIN, stream: str | None = None
+) -> tuple[list[Shortfall], int]:
+    """Blocks whose filter has no order left for these charges, and the window in which the charges would fall.
 
     Raises:
-        LedgerError: a block is unknown or not of `stream`, or the blocks cannot pay together.
+        LedgerError: a block is unknown, not of `stream`, or has no such account, or the blocks cannot pay together.
     """
+    if account not in ACCOUNTS:
+        raise LedgerError(f"account={account}: must be {' or '.join(ACCOUNTS)}")
     asked = {charge.block_id: charge for charge in charges}
-    accounts = require(db, list(asked))
+    accounts = require(db, list(asked), now)
     _check_together(stream, asked, accounts)
-    for owner in {a.stream for a in accounts.values() if a.policy.unit == "user"}:
-        asked = dict.fromkeys(_user_blocks(db, owner), charges[0])
-        accounts = require(db, list(asked))
+    _check_account(account, accounts)
+    some = next(iter(accounts.values()))
+    window = present_window(db, some.stream, some.policy, now)
+    if some.policy.unit == "user":
+        others = _user_blocks(db, some.stream)
+        _check_sides(others)
+        able = [name for name, policy in others.items() if account == TRAIN or policy.holdout_evaluations]
+        asked = dict.fromkeys(able, charges[0])
+        accounts = require(db, able, now)
     found = []
     for name, charge in asked.items():
-        spent, policy, used = accounts[name].spent, accounts[name].policy, accounts[name].share_used
-        rho = accounting.rdp(charge.q, charge.sigma, charge.steps, policy.orders)
-        if not accounting.fits(spent, rho, policy.caps):
-            after = accounting.share_used([s + r for s, r in zip(spent, rho, strict=True)], policy.caps)
+        policy, spent = accounts[name].policy, accounts[name].spent_of(account)
+        caps = policy.caps_of(account)
+        (rho,) = accounting.vectors([charge.mechanism], policy.orders).tolist()
+        if not accounting.fits(spent, rho, caps):
+            used = accounting.share_used(spent, caps)
+            after = accounting.share_used([s + r for s, r in zip(spent, rho, strict=True)], caps)
             found.append(Shortfall(name, used, after - used))
-    return found
+    return found, window
 
 
 def _check_together(stream: str | None, asked: Mapping[str, Charge], accounts: Mapping[str, Account]) -> None:
     streams = sorted({account.stream for account in accounts.values()} | ({stream} if stream else set()))
     if len(streams) > 1:
         raise LedgerError(f"stream={', '.join(streams)}: must be one for all blocks of a round")
-    units = sorted({account.policy.unit for account in accounts.values()})
-    if len(units) > 1:
-        raise LedgerError(f"unit={', '.join(units)}: must be one for all blocks of a round; plan them apart")
-    mechanisms = {(charge.q, charge.sigma, charge.steps) for charge in asked.values()}
-    if units == ["user"] and len(mechanisms) > 1:
+    for name in ("unit", "horizon"):
+        values = sorted({getattr(account.policy, name) for account in accounts.values()})
+        if len(values) > 1:
+            raise LedgerError(f"{name}={', '.join(values)}: must be one for all blocks of a round; plan them apart")
+    mechanisms = {charge.mechanism for charge in asked.values()}
+    if len(mechanisms) > 1 and any(account.policy.unit == "user" for account in accounts.values()):
         raise LedgerError(
             f"charges={sorted(mechanisms)}: unit user is drawn once over all blocks of a round, at one rate; "
             f"charge one (q, sigma, steps)"
         )
 
 
-def _total(charges: Iterable[Charge], policy: Policy) -> tuple[float, ...]:
-    total = (0.0,) * len(policy.orders)
-    for charge in charges:
-        rho = accounting.rdp(charge.q, charge.sigma, charge.steps, policy.orders)
-        total = tuple(t + r for t, r in zip(total, rho, strict=True))
-    return total
+def _check_account(account: str, accounts: Mapping[str, Account]) -> None:
+    without = [name for name, found in accounts.items() if not found.policy.holdout_evaluations]
+    if account == HOLDOUT and without:
+        raise LedgerError(
+            f"block={', '.join(without)}: sealed without a holdout account (holdout_evaluations=0); must be left out "
+            f"of private evaluations; set privacy.holdout_evaluations for blocks sealed from now on"
+        )
 
 
-def _policy(row: Any) -> Policy:
-    return Policy.from_frozen(json.loads(row.policy))
+def _check_sides(policies: Mapping[str, Policy]) -> None:
+    """A user's side follows from the holdout's share: where it changed, somebody would be on both."""
+    shares = sorted({policy.holdout_share for policy in policies.values()})
+    if len(shares) > 1 and any(policy.holdout_evaluations for policy in policies.values()):
+        raise LedgerError(
+            f"holdout_share={', '.join(map(str, shares))}: must be one for all blocks of unit user once there are "
+            f"holdout accounts, or a user is trained on and held out; start a stream of its own"
+        )
 
 
-def _blocks(db: sa.Connection, where: sa.ColumnElement[bool]) -> Iterable[Any]:
-    return db.execute(sa.select(tables.blocks).where(where).order_by(tables.blocks.c.seq))
+@lru_cache(maxsize=65_536)
+def policy_of(text: str) -> Policy:
+    """The policy of a block from its canonical JSON.
+
+    Raises:
+        PolicyError: it is not whole.
+    """
+    return Policy.from_frozen(json.loads(text))
 
 
-def _user_blocks(db: sa.Connection, stream: str) -> list[str]:
-    rows = _blocks(db, tables.blocks.c.stream == stream)
-    return [str(row.block_id) for row in rows if _policy(row).unit == "user"]
+def _blocks(db: sa.Connection, names: Sequence[str]) -> Iterable[Any]:
+    for part in tables.in_parts(names):
+        query = sa.select(tables.blocks).where(tables.blocks.c.block_id.in_(part))
+        yield from db.execute(query.order_by(tables.blocks.c.seq))
 
 
-def _charges(db: sa.Connection, names: Iterable[str]) -> Iterable[Any]:
-    """Charges of these blocks in the order of the rows, without those of cancelled attempts."""
+def _user_blocks(db: sa.Connection, stream: str) -> dict[str, Policy]:
+    query = sa.select(tables.blocks).where(tables.blocks.c.stream == stream).order_by(tables.blocks.c.seq)
+    found = {str(row.block_id): policy_of(row.policy) for row in db.execute(query)}
+    return {name: policy for name, policy in found.items() if policy.unit == "user"}
+
+
+def _paid() -> sa.Select[Any]:
+    """Charges with their mechanism, account and window, without those of cancelled attempts."""
     cancelled = sa.alias(tables.ledger)
     released = sa.exists().where(
         cancelled.c.round_id == tables.ledger.c.round_id,
         cancelled.c.attempt == tables.ledger.c.attempt,
         cancelled.c.state == "cancelled",
     )
-    query = (
-        sa.select(tables.charges)
-        .join(tables.ledger, tables.ledger.c.seq == tables.charges.c.seq)
-        .where(tables.charges.c.block_id.in_(list(names)), ~released)
-        .order_by(tables.charges.c.seq, tables.charges.c.position)
+    mechanisms, charges, ledger = tables.mechanisms.c, tables.charges.c, tables.ledger.c
+    return (
+        sa.select(charges.block_id, mechanisms.q, mechanisms.sigma, mechanisms.steps, ledger.account, ledger.window)
+        .join(tables.ledger, ledger.seq == charges.seq)
+        .join(tables.mechanisms, sa.and_(mechanisms.seq == charges.seq, mechanisms.number == charges.number))
+        .where(~released)
     )
-    return db.execute(query)
+
+
+def _entries_of_blocks(
+    db: sa.Connection, names: Sequence[str], policies: Mapping[str, Policy]
+) -> dict[str, list[_Entry]]:
+    """What each block paid, in the order of the rows."""
+    found: dict[str, list[_Entry]] = {name: [] for name in names}
+    for part in tables.in_parts(names):
+        query = _paid().where(tables.charges.c.block_id.in_(part)).order_by(tables.charges.c.seq)
+        for name, q, sigma, steps, account, window in db.execute(query):
+            found[name].append(_Entry((q, sigma, steps), account, window, policies[name].horizon))
+    return found
+
+
+def _entries_of_users(db: sa.Connection, stream: str) -> list[_Entry]:
+    """What users of a stream paid, in the order of the rows: the blocks of a round have one mechanism, paid once."""
+    policies = _user_blocks(db, stream)
+    query = _paid().where(tables.ledger.c.stream == stream, tables.charges.c.position == 0)
+    return [
+        _Entry((q, sigma, steps), account, window, policies[name].horizon)
+        for name, q, sigma, steps, account, window in db.execute(query.order_by(tables.charges.c.seq))
+        if name in policies
+    ]

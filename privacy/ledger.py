@@ -2,8 +2,9 @@
 
 A round's attempt is reserved, started and committed, a row each. Reserved, started and committed attempts count as
 spent; only a reserved one can be cancelled, because nothing was read yet. Spending is always recomputed from the rows
-in their order, so that a replay equals what was in memory, bit for bit. Time plays no part: a clock that goes back
-changes what a row says, not where it stands.
+in their order, so that a replay equals what was in memory, bit for bit. A block has two accounts: `train`, and
+`holdout` for the people who are only ever evaluated on. Time plays no part but in windows, and there only forwards: a
+clock that goes back changes what a row says, not where it stands, and opens no window again.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
 import sqlalchemy as sa
 
-from privacy import accounts, chain, tables
+from privacy import accounting, accounts, chain, tables
+from privacy.accounting import Mechanism
 from privacy.accounts import Account, Shortfall
 from privacy.canonical import canonical
-from privacy.chain import GENESIS, BlockRow, Charge, LedgerRow, State, hash_of
+from privacy.chain import GENESIS, BlockRow, Charge, History, LedgerRow, State, hash_of
 from privacy.errors import BudgetExceeded, LedgerBehindReceipt, LedgerConflict, LedgerError
-from privacy.policy import Policy
+from privacy.policy import TRAIN, Policy
 
 __all__ = ["GENESIS", "Account", "Charge", "Ledger", "LedgerRow", "Shortfall", "Snapshot", "State"]
 
@@ -30,10 +33,16 @@ _FOLLOWS: Mapping[str, str] = {"started": "reserved", "committed": "started", "c
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A stream's rows and accounts as they stood at one moment; accounts in the order in which blocks became known."""
+    """The verified ledger and a stream's accounts at one moment; accounts in the order in which blocks became known."""
 
-    rows: tuple[LedgerRow, ...]
+    stream: str
+    history: History
     accounts: Mapping[str, Account]
+
+    @cached_property
+    def rows(self) -> tuple[LedgerRow, ...]:
+        """The stream's rows with their charges, oldest first; of a long history the columns are quicker to walk."""
+        return self.history.of_stream(self.stream)
 
 
 class Ledger:
@@ -62,23 +71,41 @@ class Ledger:
             LedgerConflict: the block is known with another policy or in another stream.
             PolicyError: the policy is not whole.
         """
-        text = canonical(dict(frozen_policy)).decode("utf-8")
-        Policy.from_frozen(frozen_policy)
+        self.register_blocks(stream, {block_id: frozen_policy})
+
+    def register_blocks(self, stream: str, frozen_policies: Mapping[str, Mapping[str, Any]]) -> None:
+        """Make many sealed blocks known, all or none. Idempotent.
+
+        Args:
+            stream: of all of them.
+            frozen_policies: by block id, in the order in which they are to be known.
+
+        Raises:
+            LedgerConflict: a block is known with another policy or in another stream.
+            PolicyError: a policy is not whole.
+        """
+        texts = {name: canonical(dict(policy)).decode("utf-8") for name, policy in frozen_policies.items()}
+        for text in set(texts.values()):
+            accounts.policy_of(text)
         # Asked for every block before every round; nearly always the answer is there to be read.
         with tables.reading(self._engine) as db:
-            if self._agrees_on_block(db, stream, block_id, text):
+            if not _unknown(db, stream, texts):
                 return
         with tables.writing(self._engine) as db:
-            if self._agrees_on_block(db, stream, block_id, text):
-                return
             seq, before = _head(db, tables.blocks)
-            row = BlockRow(seq + 1, block_id, stream, text, before)
-            db.execute(sa.insert(tables.blocks).values(**asdict(replace(row, hash=hash_of(row)))))
+            made: list[dict[str, Any]] = []
+            for name in _unknown(db, stream, texts):
+                row = BlockRow(seq + len(made) + 1, name, stream, texts[name], before)
+                before = hash_of(row)
+                made.append(asdict(replace(row, hash=before)))
+            if made:
+                db.execute(sa.insert(tables.blocks), made)
 
     def knows(self, block_id: str) -> bool:
         """Whether the block was registered."""
+        query = sa.select(tables.blocks.c.seq).where(tables.blocks.c.block_id == block_id)
         with tables.reading(self._engine) as db:
-            return block_id in accounts.read(db, [block_id])
+            return db.execute(query).scalar() is not None
 
     def blocks(self, stream: str) -> list[str]:
         """Ids of a stream's registered blocks, in order of id."""
@@ -104,13 +131,24 @@ class Ledger:
         plan_hash: str,
         charges: Sequence[Charge],
         noise_source: str = "system",
+        account: str = TRAIN,
     ) -> LedgerRow:
         """Charge an attempt durably; returns the attempt's newest row. A lost response may be asked again.
+
+        Args:
+            stream: of all charged blocks.
+            round_id: unique among all rounds and evaluations of all streams.
+            attempt: 1 and up.
+            plan_hash: of what is going to run.
+            charges: what each block pays.
+            noise_source: `system`, or `test`: known to whoever knows the seed, hence no privacy.
+            account: `train`, or `holdout` for an evaluation on people who are never trained on.
 
         Raises:
             BudgetExceeded: a block has no order left that can pay; the message names blocks, shares and choices.
             LedgerConflict: the attempt is known with another plan or other charges, or was cancelled.
-            LedgerError: no charges, a block twice, unknown, or of another stream, or blocks that cannot pay together.
+            LedgerError: no charges, a block twice, unknown, of another stream or without that account, or blocks that
+                cannot pay together.
         """
         names = [charge.block_id for charge in charges]
         if not names or len(set(names)) != len(names):
@@ -122,13 +160,31 @@ class Ledger:
             if known:
                 _agree(known[-1], plan_hash, ("reserved", "started", "committed"))
                 first = known[0]
-                if (first.stream, first.charges, first.noise_source) != (stream, tuple(charges), noise_source):
+                asked = (stream, tuple(charges), noise_source, account)
+                if (first.stream, first.charges, first.noise_source, first.account) != asked:
                     raise LedgerConflict(f"round={round_id} attempt={attempt}: has other charges; use attempt+1")
                 return known[-1]
-            missing = accounts.shortfalls(db, charges, stream)
+            now = _now()
+            missing, window = accounts.shortfalls(db, charges, now.timestamp(), account=account, stream=stream)
             if missing:
-                raise BudgetExceeded(_explain(round_id, missing))
-            return self._append(db, stream, round_id, attempt, "reserved", plan_hash, noise_source, "", tuple(charges))
+                raise BudgetExceeded(_explain(round_id, missing, account))
+            row = LedgerRow(
+                seq=0,
+                stream=stream,
+                round_id=round_id,
+                attempt=attempt,
+                state="reserved",
+                plan_hash=plan_hash,
+                noise_source=noise_source,
+                adapter_sha256="",
+                at="",
+                charges=tuple(charges),
+                blocks_head="",
+                prev_hash="",
+                account=account,
+                window=window,
+            )
+            return _append(db, row, now)
 
     def start(self, round_id: str, attempt: int, plan_hash: str) -> LedgerRow:
         """Mark that private bytes are about to be read; durable when it returns. Idempotent.
@@ -154,22 +210,45 @@ class Ledger:
         """
         return self._step(round_id, attempt, plan_hash, "cancelled", "")
 
-    def shortfalls(self, charges: Sequence[Charge]) -> list[Shortfall]:
+    def shortfalls(self, charges: Sequence[Charge], account: str = TRAIN) -> list[Shortfall]:
         """Which blocks could not pay these charges now. Nothing is written.
 
         Raises:
-            LedgerError: a block is unknown, or the blocks cannot pay together.
+            LedgerError: a block is unknown or has no such account, or the blocks cannot pay together.
         """
         with tables.reading(self._engine) as db:
-            return accounts.shortfalls(db, charges)
+            return accounts.shortfalls(db, charges, _now().timestamp(), account=account)[0]
 
-    def spent(self, block_id: str) -> tuple[float, ...]:
-        """RDP spent by a block at each order of its grid, nats, summed in the order of the rows."""
-        return self._account(block_id).spent
+    def spent(self, block_id: str, account: str = TRAIN) -> tuple[float, ...]:
+        """RDP spent by a block at each order of its grid, nats, summed in the order of the rows.
 
-    def share_used(self, block_id: str) -> float:
-        """Share of the block's filter used, in [0, 1]."""
-        return self._account(block_id).share_used
+        Of a block with windows: in the window in which a charge made now would fall.
+
+        Raises:
+            LedgerError: the block is unknown.
+            PolicyError: there is no such account.
+        """
+        found = self._account(block_id)
+        found.policy.caps_of(account)
+        return found.spent_of(account)
+
+    def share_used(self, block_id: str, account: str = TRAIN) -> float:
+        """Share of the block's filter used, in [0, 1]; of a block with windows: in the present one.
+
+        Raises:
+            LedgerError: the block is unknown.
+            PolicyError: there is no such account.
+        """
+        return accounting.share_used(self.spent(block_id, account), self.policy(block_id).caps_of(account))
+
+    def accounts(self, block_ids: Sequence[str]) -> dict[str, Account]:
+        """Accounts of many blocks from one consistent view, by id.
+
+        Raises:
+            LedgerError: a block is unknown.
+        """
+        with tables.reading(self._engine) as db:
+            return accounts.require(db, block_ids, _now().timestamp())
 
     # -- the chain ------------------------------------------------------------------------------------------------
 
@@ -179,13 +258,16 @@ class Ledger:
             return chain.read_rows(db, None if stream is None else tables.ledger.c.stream == stream)
 
     def snapshot(self, stream: str) -> Snapshot:
-        """Rows and accounts of a stream from one consistent view: nothing is half-way between them."""
-        query = sa.select(tables.blocks.c.block_id).where(tables.blocks.c.stream == stream)
+        """The whole ledger, verified, and a stream's accounts, from one consistent view: nothing is half-way.
+
+        Raises:
+            LedgerBroken: names the first row that does not match.
+        """
         with tables.reading(self._engine) as db:
-            names = list(db.execute(query.order_by(tables.blocks.c.seq)).scalars())
-            found = accounts.read(db, names)
-            rows = chain.read_rows(db, tables.ledger.c.stream == stream)
-        return Snapshot(tuple(rows), {name: found[name] for name in names})
+            history = chain.read_history(db)
+            names = [row.block_id for row in history.blocks if row.stream == stream]
+            found = accounts.read(db, names, _now().timestamp())
+        return Snapshot(stream, history, {name: found[name] for name in names})
 
     def head(self) -> str:
         """Hash of the newest row; 64 zeros for an empty ledger."""
@@ -199,9 +281,7 @@ class Ledger:
             LedgerBroken: names the first row that does not match.
         """
         with tables.reading(self._engine) as db:
-            blocks, rows = chain.read_blocks(db), chain.read_rows(db)
-        chain.verify(blocks, rows)
-        return len(rows)
+            return len(chain.read_history(db).rows)
 
     def require_head(self, head: str) -> None:
         """Insist that a row of this hash is in the chain.
@@ -221,16 +301,7 @@ class Ledger:
 
     def _account(self, block_id: str) -> Account:
         with tables.reading(self._engine) as db:
-            return accounts.require(db, [block_id])[block_id]
-
-    @staticmethod
-    def _agrees_on_block(db: sa.Connection, stream: str, block_id: str, text: str) -> bool:
-        known = db.execute(sa.select(tables.blocks).where(tables.blocks.c.block_id == block_id)).one_or_none()
-        if known is not None and (known.stream, known.policy) != (stream, text):
-            raise LedgerConflict(
-                f"block={block_id}: is known with another policy or stream; a sealed policy never changes"
-            )
-        return known is not None
+            return accounts.require(db, [block_id], _now().timestamp())[block_id]
 
     @staticmethod
     def _attempt(db: sa.Connection, round_id: str, attempt: int) -> list[LedgerRow]:
@@ -250,43 +321,63 @@ class Ledger:
                     raise LedgerConflict(f"round={round_id} attempt={attempt}: committed with another adapter already")
                 return row
             _agree(row, plan_hash, (_FOLLOWS[state],))
-            return self._append(
-                db, row.stream, round_id, attempt, state, plan_hash, row.noise_source, adapter_sha256, ()
-            )
+            changed = replace(row, state=state, adapter_sha256=adapter_sha256, charges=())
+            return _append(db, changed, _now())
 
-    @staticmethod
-    def _append(
-        db: sa.Connection,
-        stream: str,
-        round_id: str,
-        attempt: int,
-        state: State,
-        plan_hash: str,
-        noise_source: str,
-        adapter_sha256: str,
-        charges: tuple[Charge, ...],
-    ) -> LedgerRow:
-        seq, before = _head(db, tables.ledger)
-        row = LedgerRow(
-            seq=seq + 1,
-            stream=stream,
-            round_id=round_id,
-            attempt=attempt,
-            state=state,
-            plan_hash=plan_hash,
-            noise_source=noise_source,
-            adapter_sha256=adapter_sha256,
-            at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            charges=charges,
-            blocks_head=_head(db, tables.blocks)[1],
-            prev_hash=before,
-        )
-        row = replace(row, hash=hash_of(row))
-        db.execute(sa.insert(tables.ledger).values(**{k: v for k, v in asdict(row).items() if k != "charges"}))
-        if charges:
-            beside = [{"seq": row.seq, "position": at, **asdict(charge)} for at, charge in enumerate(charges)]
-            db.execute(sa.insert(tables.charges), beside)
-        return row
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _append(db: sa.Connection, draft: LedgerRow, now: datetime) -> LedgerRow:
+    """Write the row at the end of the chain; its number, time, heads and hash are filled in."""
+    seq, before = _head(db, tables.ledger)
+    row = replace(
+        draft,
+        seq=seq + 1,
+        at=now.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        blocks_head=_head(db, tables.blocks)[1],
+        prev_hash=before,
+    )
+    row = replace(row, hash=hash_of(row))
+    values = {name: getattr(row, name) for name in LedgerRow.__dataclass_fields__ if name != "charges"}
+    db.execute(sa.insert(tables.ledger).values(**values))
+    if row.charges:
+        numbers: dict[Mechanism, int] = {}
+        beside = [
+            {
+                "seq": row.seq,
+                "position": position,
+                "block_id": charge.block_id,
+                "number": numbers.setdefault(charge.mechanism, position),
+            }
+            for position, charge in enumerate(row.charges)
+        ]
+        kinds = [
+            {"seq": row.seq, "number": number, "q": q, "sigma": sigma, "steps": steps}
+            for (q, sigma, steps), number in numbers.items()
+        ]
+        db.execute(sa.insert(tables.mechanisms), kinds)
+        db.execute(sa.insert(tables.charges), beside)
+    return row
+
+
+def _unknown(db: sa.Connection, stream: str, texts: Mapping[str, str]) -> list[str]:
+    """Blocks that are not known yet, in the order given.
+
+    Raises:
+        LedgerConflict: one is known with another policy or in another stream.
+    """
+    known = set()
+    for part in tables.in_parts(list(texts)):
+        columns = (tables.blocks.c.block_id, tables.blocks.c.stream, tables.blocks.c.policy)
+        for name, where, text in db.execute(sa.select(*columns).where(tables.blocks.c.block_id.in_(part))):
+            if (where, text) != (stream, texts[name]):
+                raise LedgerConflict(
+                    f"block={name}: is known with another policy or stream; a sealed policy never changes"
+                )
+            known.add(name)
+    return [name for name in texts if name not in known]
 
 
 def _head(db: sa.Connection, table: sa.Table) -> tuple[int, str]:
@@ -305,12 +396,17 @@ def _agree(row: LedgerRow, plan_hash: str, states: Sequence[str]) -> None:
         raise LedgerConflict(f"{name}: is {row.state}; must be {' or '.join(states)}")
 
 
-def _explain(round_id: str, missing: Sequence[Shortfall]) -> str:
+def _explain(round_id: str, missing: Sequence[Shortfall], account: str) -> str:
     parts = [
         f"{m.block_id} (used {m.share_used:.1%}, asked {m.share_asked:.1%}, "
         f"over by {m.share_used + m.share_asked - 1:.1%})"
         for m in missing
     ]
+    if account != TRAIN:
+        return (
+            f"round={round_id}: blocks {', '.join(parts)} cannot pay from their {account} account; must stay within "
+            f"100% of the sealed filter; raise sigma, ask less, leave them out, or wait for new blocks"
+        )
     return (
         f"round={round_id}: blocks {', '.join(parts)} cannot pay; must stay within 100% of the sealed filter; "
         f"raise sigma, lower the sampling rate or the steps, leave them out, or wait for new blocks"

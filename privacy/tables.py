@@ -7,7 +7,8 @@ the journal back and undo the commit: https://www.sqlite.org/pragma.html#pragma_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,15 @@ import sqlalchemy as sa
 
 from privacy.errors import LedgerError
 
-SCHEMA = "0001_chained"
+SCHEMA = "0002_accounts"
+# Schemas of earlier versions that are brought up to date when they are opened.
+OLDER = ("0001_chained",)
 # A learner, an ingest process and an audit share one SQLite file; each transaction lasts milliseconds.
 BUSY_SECONDS = 30.0
+# A file of 100,000 blocks and 10,000 rounds has 200 MB; a reservation touches a few thousand pages of it.
+_CACHE_KIB = 64 * 1024
+# SQLite takes 32,766 parameters in one statement.
+NAMES_MAX = 10_000
 # Any constant will do, if no other program on the same PostgreSQL database takes this advisory lock.
 _MIGRATION_LOCK = 7236112
 
@@ -47,8 +54,19 @@ ledger = sa.Table(
             "blocks_head",
             "prev_hash",
             "hash",
+            "account",
         )
     ),
+    sa.Column("window", sa.Integer),
+)
+mechanisms = sa.Table(
+    "mechanisms",
+    metadata,
+    sa.Column("seq", sa.Integer),
+    sa.Column("number", sa.Integer),
+    sa.Column("q", sa.Float),
+    sa.Column("sigma", sa.Float),
+    sa.Column("steps", sa.Integer),
 )
 charges = sa.Table(
     "charges",
@@ -56,9 +74,7 @@ charges = sa.Table(
     sa.Column("seq", sa.Integer),
     sa.Column("position", sa.Integer),
     sa.Column("block_id", sa.String),
-    sa.Column("q", sa.Float),
-    sa.Column("sigma", sa.Float),
-    sa.Column("steps", sa.Integer),
+    sa.Column("number", sa.Integer),
 )
 
 
@@ -112,6 +128,47 @@ def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
             yield connection
 
 
+def in_parts(names: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The names in parts that fit into one statement."""
+    for first in range(0, len(names), NAMES_MAX):
+        yield names[first : first + NAMES_MAX]
+
+
+def charges_by_row(
+    db: sa.Connection, where: sa.ColumnElement[bool] | None = None
+) -> Iterator[tuple[int, list[str], list[int]]]:
+    """Per row that charges blocks, in their order: its number, the blocks, and the number of each one's mechanism.
+
+    The database packs a row's charges into lists: read one by one, a million of them would take seconds.
+
+    Args:
+        db: an open transaction.
+        where: a condition on the ledger's rows.
+
+    Raises:
+        ValueError: the positions of a row's charges are not 0, 1, 2 and so on.
+    """
+    columns = (charges.c.block_id, charges.c.number, charges.c.position)
+    if db.dialect.name == "postgresql":
+        from sqlalchemy.dialects.postgresql import aggregate_order_by
+
+        lists = [sa.func.json_agg(aggregate_order_by(column, charges.c.position)) for column in columns]
+    else:
+        lists = [sa.func.json_group_array(column) for column in columns]
+    query = sa.select(charges.c.seq, *lists).group_by(charges.c.seq).order_by(charges.c.seq)
+    if where is not None:
+        query = query.where(charges.c.seq.in_(sa.select(ledger.c.seq).where(where)))
+    for seq, *packed in db.execute(query):
+        names, numbers, positions = (json.loads(p) if isinstance(p, str) else p for p in packed)
+        if positions != list(range(len(positions))):
+            # SQLite packs in the order in which it happens to read.
+            if sorted(positions) != list(range(len(positions))):
+                raise ValueError(f"ledger row {seq}: a charge is missing, positions are {sorted(positions)[:9]}")
+            order = sorted(range(len(positions)), key=positions.__getitem__)
+            names, numbers = [names[at] for at in order], [numbers[at] for at in order]
+        yield int(seq), names, numbers
+
+
 @contextmanager
 def _translated(engine: sa.Engine) -> Iterator[None]:
     try:
@@ -136,6 +193,7 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
     connection.execute("PRAGMA synchronous=EXTRA")
     connection.execute("PRAGMA foreign_keys=ON")
     connection.execute(f"PRAGMA busy_timeout={int(BUSY_SECONDS * 1000)}")
+    connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
 
 
 def _prepare_server(connection: Any, _record: Any) -> None:
@@ -165,14 +223,13 @@ def _migrate(engine: sa.Engine) -> None:
 
 
 def _is_current(connection: sa.Connection) -> bool:
-    """Whether the schema is the newest; False where there is none yet."""
+    """Whether the schema is the newest; False where there is none yet, or an older one."""
     if not sa.inspect(connection).has_table("alembic_version"):
         return False
     found = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
-    # An older schema of a released version would be known here, and upgraded. So far there is one.
-    if found != SCHEMA:
+    if found not in {SCHEMA, *OLDER}:
         raise LedgerError(f"ledger schema={found}: must be {SCHEMA}; open it with the Tidegate that wrote it")
-    return True
+    return bool(found == SCHEMA)
 
 
 def _upgrade(connection: sa.Connection) -> None:

@@ -36,40 +36,56 @@ def flips(value):
         yield from (value * (1 + 2**-52), -value, value / 2, 0.0, 9e99)
 
 
-@pytest.mark.parametrize("table", ["ledger", "charges", "blocks"])
+KEYS = {"ledger": "seq", "blocks": "seq", "mechanisms": "seq, number", "charges": "seq, position"}
+
+
+@pytest.mark.parametrize("table", KEYS)
 def test_any_changed_byte_of_any_row_is_found(spent, raw, table):
     columns = [name for _, name, *_ in raw.execute(f"PRAGMA table_info({table})")]
+    keys = KEYS[table].split(", ")
     changed = 0
-    for rowid, *row in raw.execute(f"SELECT rowid, * FROM {table}").fetchall():
-        for column, value in zip(columns, row, strict=True):
+    for row in raw.execute(f"SELECT * FROM {table}").fetchall():
+        values = dict(zip(columns, row, strict=True))
+        for column, value in values.items():
             for other in flips(value):
                 if other == value:
                     continue  # minus zero, or the end of an empty text
+                there, back = values | {column: other}, values
                 try:
-                    raw.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (other, rowid))
+                    raw.execute(*update(table, keys, values, there))
                 except sqlite3.IntegrityError:
                     continue  # two rows with one key: the file cannot even say it
                 with pytest.raises(LedgerError):
                     spent.verify_chain()
                 changed += 1
-                back = rowid if column != "seq" or table == "charges" else other
-                raw.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (value, back))
+                raw.execute(*update(table, keys, there, back))
     assert changed > 20
     assert spent.verify_chain() == 4
 
 
-@pytest.mark.parametrize("table", ["ledger", "charges", "blocks"])
+def update(table, keys, before, after):
+    """Statement and values that turn one row into another."""
+    assigned = ", ".join(f"{name} = ?" for name in after)
+    where = " AND ".join(f"{key} = ?" for key in keys)
+    return f"UPDATE {table} SET {assigned} WHERE {where}", (*after.values(), *(before[key] for key in keys))
+
+
+@pytest.mark.parametrize("table", KEYS)
 def test_a_row_taken_out_is_found(spent, raw, table):
-    raw.execute(f"DELETE FROM {table} WHERE rowid = (SELECT MIN(rowid) FROM {table})")
+    raw.execute(f"DELETE FROM {table} WHERE ({KEYS[table]}) IN (SELECT {KEYS[table]} FROM {table} LIMIT 1)")
     with pytest.raises(LedgerBroken):
         spent.verify_chain()
 
 
 def test_a_row_put_in_is_found(spent, raw):
-    raw.execute("INSERT INTO charges VALUES (2, 0, 'b3', 0.1, 1.0, 1)")
+    raw.execute("INSERT INTO mechanisms VALUES (2, 0, 0.1, 1.0, 1)")
+    with pytest.raises(LedgerBroken, match="row 2"):
+        spent.verify_chain()
+    raw.execute("INSERT INTO charges VALUES (2, 0, 'b3', 0)")
     with pytest.raises(LedgerBroken, match="row 2"):
         spent.verify_chain()
     raw.execute("UPDATE charges SET seq = 99 WHERE block_id = 'b3'")
+    raw.execute("UPDATE mechanisms SET seq = 99 WHERE seq = 2")
     with pytest.raises(LedgerBroken, match="row 99"):
         spent.verify_chain()
 
