@@ -113,7 +113,7 @@ def run_round(
     _check_arguments(plan, base, parent_dir, key, checkpoint_dir)
     check_charges(plan)
     gathered, units = gather(plan.blocks, _complete(plan, records), plan.unit)
-    data = _data_sha256(plan, gathered, system, max_tokens)
+    data = _data_sha256(plan, gathered, units, system, max_tokens)
     context = {"plan": plan.plan_hash, "data": data, "base": base.sha256, "code": plan.code_sha256}
     found = load(checkpoint_dir, context)
     with _threads(found.threads if found else speed.threads or torch.get_num_threads()) as threads:
@@ -123,10 +123,7 @@ def run_round(
         begin = lora.theta.clone()
         streams = [KeyedStream(key, context, step) for step in range(plan.steps)]
         begun = found.step if found else 0
-        if progress:
-            progress(begun, plan.steps)  # filling the prefix cache takes about as long as ten steps
         optimiser = _continue(lora, plan, found)
-        step = _private_step(plan, lora, examples, units, streams, speed)
 
         def keep(done: int) -> None:
             if done % speed.checkpoint_steps == 0 or done == plan.steps:
@@ -135,6 +132,10 @@ def run_round(
             if progress:
                 progress(done, plan.steps)
 
+        # Before the key is used, also when no step is done: from here on other data is another attempt. And somebody
+        # waits: filling the prefix cache takes about as long as ten steps.
+        keep(begun)
+        step = _private_step(plan, lora, examples, units, streams, speed)
         for number in range(begun, plan.steps):
             optimiser.step(step.gradient(streams[number]), number)
             keep(number + 1)
@@ -143,7 +144,7 @@ def run_round(
         raise RoundError(f"max|delta|={delta}: must be > 0; no adapted layer was trained, report this")
     digest = write_adapter(out_dir, plan.lora, lora.weights(), base)
     log.info("round trained", stream=plan.stream, round_id=plan.round_id, attempt=plan.attempt, steps=plan.steps)
-    return RoundOutput(out_dir, digest, resumed=found is not None, max_abs_delta=delta)
+    return RoundOutput(out_dir, digest, resumed=begun > 0, max_abs_delta=delta)
 
 
 def _check_arguments(
@@ -170,9 +171,16 @@ def _complete(plan: RoundPlan, records: Mapping[str, Sequence[Record]]) -> Mappi
     return records
 
 
-def _data_sha256(plan: RoundPlan, gathered: Sequence[Record], system: str | None, max_tokens: int) -> str:
-    """Hash of all that the examples follow from. As secret as the data: it stays in checkpoint and key stream."""
+def _data_sha256(
+    plan: RoundPlan, gathered: Sequence[Record], units: Sequence[Unit], system: str | None, max_tokens: int
+) -> str:
+    """Hash of all that examples and draws follow from. As secret as the data: it stays in checkpoint and key stream.
+
+    Units count too: a record that moves to another block is drawn at another rate.
+    """
     digest = sha256(sha256_of([plan.data_revision, system, max_tokens]).encode())
+    for unit in units:
+        digest.update(sha256_of([unit.q, list(unit.examples)]).encode())
     for record in gathered:
         digest.update(sha256_of([record.user_id, record.event_id, record.prompt, record.completion]).encode())
     return digest.hexdigest()

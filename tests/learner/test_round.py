@@ -169,6 +169,8 @@ def test_a_checkpoint_of_other_data_plan_rendering_or_code_is_not_resumed(tiny, 
     with pytest.raises(ResumeRefused, match="data_sha256"):
         run(tiny, tmp_path, records=less)
     with pytest.raises(ResumeRefused, match="data_sha256"):
+        run(tiny, tmp_path, records={"b1": blocks()["b1"][:-1], "b2": [blocks()["b1"][-1], *blocks()["b2"]]})
+    with pytest.raises(ResumeRefused, match="data_sha256"):
         run(tiny, tmp_path, system="Be brief.")
     with pytest.raises(ResumeRefused, match="plan_sha256"):
         run(tiny, tmp_path, plan(tiny, sigma=0.9))
