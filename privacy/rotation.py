@@ -50,7 +50,7 @@ class KnownKey:
 
 
 def known_keys(folder: Path, purpose: str) -> list[KnownKey]:
-    """Every public key of a purpose, in order of their time.
+    """Every public key of a purpose, oldest first.
 
     Raises:
         SignatureError: a file holds no Ed25519 public key, or a statement of a rotation does not hold.
@@ -58,10 +58,11 @@ def known_keys(folder: Path, purpose: str) -> list[KnownKey]:
     found = {key.key_id: key for key in map(PublicKey.load, sorted(folder.glob(f"{purpose}*.pub")))}
     since, until = dict[str, str](), dict[str, str]()
     for rotation in rotations(folder, purpose):
-        found[rotation.new_public.key_id] = rotation.new_public
-        since[rotation.new_public.key_id] = until[rotation.old_key_id] = rotation.at
-    keys = [KnownKey(purpose, key, since.get(name, ""), until.get(name, "")) for name, key in found.items()]
-    return sorted(keys, key=lambda key: (key.valid_from, key.public.key_id))
+        new = rotation.new_public
+        found.pop(new.key_id, None)
+        found[new.key_id] = new  # after the keys that came before it
+        since[new.key_id] = until[rotation.old_key_id] = rotation.at
+    return [KnownKey(purpose, key, since.get(name, ""), until.get(name, "")) for name, key in found.items()]
 
 
 def rotations(folder: Path, purpose: str) -> list[Rotation]:

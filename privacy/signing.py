@@ -237,20 +237,21 @@ class Rotation:
     signed: Mapping[str, Any]
 
 
-def read_rotations(statements: Sequence[Any], keys: Mapping[str, PublicKey]) -> list[Rotation]:
+def read_rotations(statements: Sequence[Any], keys: Mapping[str, PublicKey], first: int = 1) -> list[Rotation]:
     """Statements of one purpose, oldest first; each is signed by the key that the one before introduced.
 
     Args:
         statements: signed values, in their order.
         keys: trusted keys by id; must hold the one that signed the first statement.
+        first: number of the first statement.
 
     Raises:
         SignatureError: names the first statement that does not hold.
     """
     known, found = dict(keys), list[Rotation]()
-    for seq, signed in enumerate(statements, start=1):
+    for seq, signed in enumerate(statements, start=first):
         try:
-            found.append(_next_rotation(signed, known, found))
+            found.append(_next_rotation(signed, known, found, seq))
         except (KeyError, TypeError):
             raise SignatureError(f"rotation {seq}: is no statement of a rotation: its fields differ") from None
         except SignatureError as error:
@@ -259,10 +260,10 @@ def read_rotations(statements: Sequence[Any], keys: Mapping[str, PublicKey]) -> 
     return found
 
 
-def _next_rotation(signed: Any, known: Mapping[str, PublicKey], before: Sequence[Rotation]) -> Rotation:
+def _next_rotation(signed: Any, known: Mapping[str, PublicKey], before: Sequence[Rotation], seq: int) -> Rotation:
     body = checked(signed, known)
     new = PublicKey.from_hex(body.pop("new_public"))
-    whole = (body.pop("kind"), body.pop("new_key_id"), body["seq"]) == ("rotation", new.key_id, len(before) + 1)
+    whole = (body.pop("kind"), body.pop("new_key_id"), body["seq"]) == ("rotation", new.key_id, seq)
     if before:
         whole = whole and (signed["key_id"], body["purpose"]) == (before[-1].new_public.key_id, before[-1].purpose)
     if not whole:
