@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ ORDERS_MAX = 16
 SIGMA_MIN = 0.05
 SIGMA_MAX = 10_000.0
 # Prices kept per grid: 200,000 of 16 orders are 50 MB, more rounds than a service sees in years.
-VECTORS_MAX = 200_000
+PRICES_MAX = 200_000
 # Mechanisms computed at a time: their 240 terms each stay in the cache.
 _BATCH = 1_000
 
@@ -93,7 +94,31 @@ def _rdp_steps(q: Vector, sigma: Vector, grid: _Grid) -> Vector:
     return answer
 
 
-_vectors: dict[tuple[int, ...], dict[Mechanism, Vector]] = {}
+class _Prices:
+    """Prices computed so far at one grid: a row of `table` each."""
+
+    def __init__(self, orders: tuple[int, ...]) -> None:
+        self.orders = orders
+        self.index: dict[Mechanism, int] = {}
+        self.table: Vector = np.zeros((0, len(orders)))
+
+    def learn(self, mechanisms: Sequence[Mechanism]) -> None:
+        known = len(self.index)
+        if known + len(mechanisms) > len(self.table):  # doubled, so that one at a time does not copy all each time
+            grown = np.zeros((2 * (known + len(mechanisms)), len(self.orders)))
+            grown[:known] = self.table[:known]
+            self.table = grown
+        for first in range(0, len(mechanisms), _BATCH):
+            part = mechanisms[first : first + _BATCH]
+            q, sigma, steps = (np.array(column, dtype=np.float64) for column in zip(*part, strict=True))
+            with np.errstate(all="ignore"):  # infinities are meant
+                prices = _rdp_steps(q, sigma, _grid(self.orders)) * steps[:, None]
+            self.table[known + first : known + first + len(part)] = prices
+        self.index.update((mechanism, known + at) for at, mechanism in enumerate(mechanisms))
+
+
+_prices: dict[tuple[int, ...], _Prices] = {}
+_prices_lock = Lock()
 
 
 def vectors(mechanisms: Sequence[Mechanism], orders: Sequence[int]) -> Vector:
@@ -101,19 +126,18 @@ def vectors(mechanisms: Sequence[Mechanism], orders: Sequence[int]) -> Vector:
 
     The mechanisms must have passed `check_mechanism`, the orders `check_orders`.
     """
-    kept = _vectors.setdefault(tuple(orders), {})
-    if len(kept) > VECTORS_MAX:
-        kept.clear()
-    missing = [mechanism for mechanism in dict.fromkeys(mechanisms) if mechanism not in kept]
-    for first in range(0, len(missing), _BATCH):
-        part = missing[first : first + _BATCH]
-        q, sigma, steps = (np.array(column, dtype=np.float64) for column in zip(*part, strict=True))
-        with np.errstate(all="ignore"):  # infinities are meant
-            found = _rdp_steps(q, sigma, _grid(tuple(orders))) * steps[:, None]
-        kept.update(zip(part, found, strict=True))
     if not mechanisms:
         return np.zeros((0, len(orders)))
-    return np.array([kept[mechanism] for mechanism in mechanisms])
+    grid = tuple(orders)
+    with _prices_lock:
+        kept = _prices.get(grid)
+        if kept is None or len(kept.index) > PRICES_MAX:
+            kept = _prices[grid] = _Prices(grid)
+        missing = [mechanism for mechanism in dict.fromkeys(mechanisms) if mechanism not in kept.index]
+        if missing:
+            kept.learn(missing)
+        found: Vector = kept.table[[kept.index[mechanism] for mechanism in mechanisms]]
+    return found
 
 
 def rdp(q: float, sigma: float, steps: int, orders: Sequence[int]) -> tuple[float, ...]:

@@ -64,21 +64,23 @@ class Shortfall:
 
 
 class _Purse(NamedTuple):
-    """Charges that add up: who pays, from which account, over which horizon, on which grid of orders."""
+    """Charges that add up: who pays (a block's number, or a stream whose users pay together), from which account."""
 
-    owner: str
+    owner: int | str
     account: str
     horizon: str
     orders: tuple[int, ...]
 
 
 class _Entry(NamedTuple):
-    """One charge: its mechanism, whose budget, in which window of which horizon."""
+    """One charge: the block it names, its mechanism, whose budget, in which window."""
 
-    mechanism: Mechanism
+    block: int
+    q: float
+    sigma: float
+    steps: int
     account: str
     window: int
-    horizon: str
 
 
 def read(db: sa.Connection, names: Iterable[str], now: float) -> dict[str, Account]:
@@ -91,52 +93,56 @@ def read(db: sa.Connection, names: Iterable[str], now: float) -> dict[str, Accou
     """
     rows = {str(row.block_id): row for row in _blocks(db, list(names))}
     policies = {name: policy_of(row.policy) for name, row in rows.items()}
-    owners = {name: name if policies[name].unit == "record" else _users(row.stream) for name, row in rows.items()}
-    entries = _entries_of_blocks(db, [name for name, policy in policies.items() if policy.unit == "record"], policies)
-    for stream in sorted({str(rows[name].stream) for name, policy in policies.items() if policy.unit == "user"}):
-        entries[_users(stream)] = _entries_of_users(db, stream)
-    windows = {(str(rows[name].stream), policy.horizon): 0 for name, policy in policies.items() if policy.days}
-    for stream, horizon in windows:
-        policy = next(p for p in policies.values() if p.horizon == horizon)
-        windows[stream, horizon] = present_window(db, stream, policy, now)
-    present = {name: windows.get((str(row.stream), policies[name].horizon), 0) for name, row in rows.items()}
-    purses: dict[_Purse, list[Mechanism]] = {}
+    present = {
+        (stream, policy.horizon): present_window(db, stream, policy, now)
+        for (stream, _), policy in {
+            (str(row.stream), policies[name].horizon): policies[name] for name, row in rows.items()
+        }.items()
+    }
+    users = {str(rows[name].stream) for name, policy in policies.items() if policy.unit == "user"}
+    entries: dict[int | str, list[_Entry]] = {}
+    horizons: dict[int, str] = {}
+    for stream in sorted(users):
+        entries[stream], horizons_of_users = _entries_of_users(db, stream)
+        horizons.update(horizons_of_users)
+    entries.update(_entries_of_blocks(db, [row.seq for name, row in rows.items() if policies[name].unit == "record"]))
+    purses: dict[str, tuple[_Purse, _Purse]] = {}
+    paid: dict[_Purse, list[Mechanism]] = {}
     for name, policy in policies.items():
-        for account in ACCOUNTS:
-            purse = _Purse(owners[name], account, policy.horizon, policy.orders)
-            if purse not in purses:
-                purses[purse] = _counted(entries.get(owners[name], ()), account, policy.horizon, present[name])
-    spent = _added(purses)
+        row = rows[name]
+        owner = str(row.stream) if policy.unit == "user" else int(row.seq)
+        first, second = (_Purse(owner, account, policy.horizon, policy.orders) for account in ACCOUNTS)
+        purses[name] = first, second
+        for purse in purses[name]:
+            if purse not in paid:
+                window = present[str(row.stream), policy.horizon]
+                paid[purse] = _counted(entries[owner], purse, window, horizons)
+    spent = _added(paid)
     return {
-        name: Account(
-            name,
-            str(row.stream),
-            policies[name],
-            *(spent[_Purse(owners[name], a, policies[name].horizon, policies[name].orders)] for a in ACCOUNTS),
-        )
+        name: Account(name, str(row.stream), policies[name], *(spent[purse] for purse in purses[name]))
         for name, row in rows.items()
     }
 
 
-def _users(stream: str) -> str:
-    # No block has this name: a block's id never holds a space's worth of stream.
-    return f"users of {stream}"
-
-
-def _counted(entries: Sequence[_Entry], account: str, horizon: str, window: int) -> list[Mechanism]:
+def _counted(entries: Sequence[_Entry], purse: _Purse, window: int, horizons: Mapping[int, str]) -> list[Mechanism]:
     """What counts in a window. A user's charge under another horizon always does: it may fall into any window."""
-    return [e.mechanism for e in entries if e.account == account and (e.window == window or e.horizon != horizon)]
+    return [
+        (q, sigma, steps)
+        for block, q, sigma, steps, account, when in entries
+        if account == purse.account and (when == window or horizons.get(block, purse.horizon) != purse.horizon)
+    ]
 
 
-def _added(purses: Mapping[_Purse, Sequence[Mechanism]]) -> dict[_Purse, tuple[float, ...]]:
+def _added(paid: Mapping[_Purse, Sequence[Mechanism]]) -> dict[_Purse, tuple[float, ...]]:
+    """Sums of prices, each in the order of its charges."""
     found: dict[_Purse, tuple[float, ...]] = {}
-    for orders in {purse.orders for purse in purses}:
-        mine = [purse for purse in purses if purse.orders == orders]
+    for orders in {purse.orders for purse in paid}:
+        mine = [purse for purse in paid if purse.orders == orders]
         numbers: dict[Mechanism, int] = {}
-        paid = [numbers.setdefault(m, len(numbers)) for purse in mine for m in purses[purse]]
-        owner = np.repeat(np.arange(len(mine)), [len(purses[purse]) for purse in mine])
+        which = [numbers.setdefault(mechanism, len(numbers)) for purse in mine for mechanism in paid[purse]]
+        owner = np.repeat(np.arange(len(mine)), [len(paid[purse]) for purse in mine])
         prices = accounting.vectors(list(numbers), orders)
-        total = accounting.totals(owner, np.array(paid, np.int64), prices, len(mine))
+        total = accounting.totals(owner, np.array(which, np.int64), prices, len(mine))
         found.update(zip(mine, map(tuple, total.tolist()), strict=True))
     return found
 
@@ -151,7 +157,7 @@ def present_window(db: sa.Connection, stream: str, policy: Policy, now: float) -
     newest = (
         sa.select(tables.ledger.c.window)
         .join(tables.charges, tables.charges.c.seq == tables.ledger.c.seq)
-        .join(tables.blocks, tables.blocks.c.block_id == tables.charges.c.block_id)
+        .join(tables.blocks, tables.blocks.c.seq == tables.charges.c.block)
         .where(
             tables.ledger.c.stream == stream,
             tables.ledger.c.window > 0,
@@ -195,16 +201,19 @@ def shortfalls(
     some = next(iter(accounts.values()))
     window = present_window(db, some.stream, some.policy, now)
     if some.policy.unit == "user":
-        others = _user_blocks(db, some.stream)
+        others = {name: policy for name, (_, policy) in _user_blocks(db, some.stream).items()}
         _check_sides(others)
         able = [name for name, policy in others.items() if account == TRAIN or policy.holdout_evaluations]
         asked = dict.fromkeys(able, charges[0])
         accounts = require(db, able, now)
+    prices: dict[tuple[Mechanism, tuple[int, ...]], list[float]] = {}
     found = []
     for name, charge in asked.items():
         policy, spent = accounts[name].policy, accounts[name].spent_of(account)
-        caps = policy.caps_of(account)
-        (rho,) = accounting.vectors([charge.mechanism], policy.orders).tolist()
+        caps, kind = policy.caps_of(account), (charge.mechanism, policy.orders)
+        if kind not in prices:
+            (prices[kind],) = accounting.vectors([charge.mechanism], policy.orders).tolist()
+        rho = prices[kind]
         if not accounting.fits(spent, rho, caps):
             used = accounting.share_used(spent, caps)
             after = accounting.share_used([s + r for s, r in zip(spent, rho, strict=True)], caps)
@@ -263,10 +272,11 @@ def _blocks(db: sa.Connection, names: Sequence[str]) -> Iterable[Any]:
         yield from db.execute(query.order_by(tables.blocks.c.seq))
 
 
-def _user_blocks(db: sa.Connection, stream: str) -> dict[str, Policy]:
+def _user_blocks(db: sa.Connection, stream: str) -> dict[str, tuple[int, Policy]]:
+    """Number and policy of a stream's blocks under unit `user`, by id."""
     query = sa.select(tables.blocks).where(tables.blocks.c.stream == stream).order_by(tables.blocks.c.seq)
-    found = {str(row.block_id): policy_of(row.policy) for row in db.execute(query)}
-    return {name: policy for name, policy in found.items() if policy.unit == "user"}
+    found = {str(row.block_id): (int(row.seq), policy_of(row.policy)) for row in db.execute(query)}
+    return {name: (seq, policy) for name, (seq, policy) in found.items() if policy.unit == "user"}
 
 
 def _paid() -> sa.Select[Any]:
@@ -279,31 +289,28 @@ def _paid() -> sa.Select[Any]:
     )
     mechanisms, charges, ledger = tables.mechanisms.c, tables.charges.c, tables.ledger.c
     return (
-        sa.select(charges.block_id, mechanisms.q, mechanisms.sigma, mechanisms.steps, ledger.account, ledger.window)
+        sa.select(charges.block, mechanisms.q, mechanisms.sigma, mechanisms.steps, ledger.account, ledger.window)
         .join(tables.ledger, ledger.seq == charges.seq)
         .join(tables.mechanisms, sa.and_(mechanisms.seq == charges.seq, mechanisms.number == charges.number))
         .where(~released)
+        .order_by(charges.seq)
     )
 
 
-def _entries_of_blocks(
-    db: sa.Connection, names: Sequence[str], policies: Mapping[str, Policy]
-) -> dict[str, list[_Entry]]:
+def _entries_of_blocks(db: sa.Connection, blocks: Sequence[int]) -> dict[int | str, list[_Entry]]:
     """What each block paid, in the order of the rows."""
-    found: dict[str, list[_Entry]] = {name: [] for name in names}
-    for part in tables.in_parts(names):
-        query = _paid().where(tables.charges.c.block_id.in_(part)).order_by(tables.charges.c.seq)
-        for name, q, sigma, steps, account, window in db.execute(query):
-            found[name].append(_Entry((q, sigma, steps), account, window, policies[name].horizon))
+    found: dict[int | str, list[Any]] = {block: [] for block in blocks}
+    for part in tables.in_parts(blocks):
+        for entry in db.execute(_paid().where(tables.charges.c.block.in_(part))).all():
+            found[entry[0]].append(entry)
     return found
 
 
-def _entries_of_users(db: sa.Connection, stream: str) -> list[_Entry]:
-    """What users of a stream paid, in the order of the rows: the blocks of a round have one mechanism, paid once."""
-    policies = _user_blocks(db, stream)
+def _entries_of_users(db: sa.Connection, stream: str) -> tuple[list[_Entry], dict[int, str]]:
+    """What users of a stream paid, in the order of the rows, and the horizon of each of their blocks.
+
+    The blocks of a round have one mechanism, which a user pays once: the first charge stands for all.
+    """
+    horizons = {seq: policy.horizon for seq, policy in _user_blocks(db, stream).values()}
     query = _paid().where(tables.ledger.c.stream == stream, tables.charges.c.position == 0)
-    return [
-        _Entry((q, sigma, steps), account, window, policies[name].horizon)
-        for name, q, sigma, steps, account, window in db.execute(query.order_by(tables.charges.c.seq))
-        if name in policies
-    ]
+    return [_Entry(*entry) for entry in db.execute(query) if entry[0] in horizons], horizons

@@ -344,11 +344,15 @@ def _append(db: sa.Connection, draft: LedgerRow, now: datetime) -> LedgerRow:
     db.execute(sa.insert(tables.ledger).values(**values))
     if row.charges:
         numbers: dict[Mechanism, int] = {}
+        places: dict[str, int] = {}
+        for part in tables.in_parts([charge.block_id for charge in row.charges]):
+            known = sa.select(tables.blocks.c.block_id, tables.blocks.c.seq).where(tables.blocks.c.block_id.in_(part))
+            places.update((name, place) for name, place in db.execute(known))
         beside = [
             {
                 "seq": row.seq,
                 "position": position,
-                "block_id": charge.block_id,
+                "block": places[charge.block_id],
                 "number": numbers.setdefault(charge.mechanism, position),
             }
             for position, charge in enumerate(row.charges)

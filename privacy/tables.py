@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
@@ -28,6 +28,8 @@ _CACHE_KIB = 64 * 1024
 NAMES_MAX = 10_000
 # Any constant will do, if no other program on the same PostgreSQL database takes this advisory lock.
 _MIGRATION_LOCK = 7236112
+
+Name = TypeVar("Name", str, int)
 
 metadata = sa.MetaData()
 blocks = sa.Table(
@@ -73,7 +75,7 @@ charges = sa.Table(
     metadata,
     sa.Column("seq", sa.Integer),
     sa.Column("position", sa.Integer),
-    sa.Column("block_id", sa.String),
+    sa.Column("block", sa.Integer),
     sa.Column("number", sa.Integer),
 )
 
@@ -128,16 +130,16 @@ def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
             yield connection
 
 
-def in_parts(names: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The names in parts that fit into one statement."""
+def in_parts(names: Sequence[Name]) -> Iterator[Sequence[Name]]:
+    """Names or numbers in parts that fit into one statement."""
     for first in range(0, len(names), NAMES_MAX):
         yield names[first : first + NAMES_MAX]
 
 
 def charges_by_row(
     db: sa.Connection, where: sa.ColumnElement[bool] | None = None
-) -> Iterator[tuple[int, list[str], list[int]]]:
-    """Per row that charges blocks, in their order: its number, the blocks, and the number of each one's mechanism.
+) -> Iterator[tuple[int, list[int], list[int]]]:
+    """Per row that charges blocks, in their order: its number, the blocks' and the number of each one's mechanism.
 
     The database packs a row's charges into lists: read one by one, a million of them would take seconds.
 
@@ -148,7 +150,7 @@ def charges_by_row(
     Raises:
         ValueError: the positions of a row's charges are not 0, 1, 2 and so on.
     """
-    columns = (charges.c.block_id, charges.c.number, charges.c.position)
+    columns = (charges.c.block, charges.c.number, charges.c.position)
     if db.dialect.name == "postgresql":
         from sqlalchemy.dialects.postgresql import aggregate_order_by
 
@@ -159,14 +161,14 @@ def charges_by_row(
     if where is not None:
         query = query.where(charges.c.seq.in_(sa.select(ledger.c.seq).where(where)))
     for seq, *packed in db.execute(query):
-        names, numbers, positions = (json.loads(p) if isinstance(p, str) else p for p in packed)
+        found, numbers, positions = (json.loads(p) if isinstance(p, str) else p for p in packed)
         if positions != list(range(len(positions))):
             # SQLite packs in the order in which it happens to read.
             if sorted(positions) != list(range(len(positions))):
                 raise ValueError(f"ledger row {seq}: a charge is missing, positions are {sorted(positions)[:9]}")
             order = sorted(range(len(positions)), key=positions.__getitem__)
-            names, numbers = [names[at] for at in order], [numbers[at] for at in order]
-        yield int(seq), names, numbers
+            found, numbers = [found[at] for at in order], [numbers[at] for at in order]
+        yield int(seq), found, numbers
 
 
 @contextmanager

@@ -81,10 +81,10 @@ def test_a_row_put_in_is_found(spent, raw):
     raw.execute("INSERT INTO mechanisms VALUES (2, 0, 0.1, 1.0, 1)")
     with pytest.raises(LedgerBroken, match="row 2"):
         spent.verify_chain()
-    raw.execute("INSERT INTO charges VALUES (2, 0, 'b3', 0)")
+    raw.execute("INSERT INTO charges VALUES (2, 0, 3, 0)")
     with pytest.raises(LedgerBroken, match="row 2"):
         spent.verify_chain()
-    raw.execute("UPDATE charges SET seq = 99 WHERE block_id = 'b3'")
+    raw.execute("UPDATE charges SET seq = 99 WHERE block = 3")
     raw.execute("UPDATE mechanisms SET seq = 99 WHERE seq = 2")
     with pytest.raises(LedgerBroken, match="row 99"):
         spent.verify_chain()

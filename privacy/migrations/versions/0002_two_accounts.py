@@ -34,21 +34,22 @@ def upgrade() -> None:
         "packed_charges",
         sa.Column("seq", sa.Integer, primary_key=True, autoincrement=False),
         sa.Column("position", sa.Integer, primary_key=True, autoincrement=False),
-        sa.Column("block_id", sa.String(200), sa.ForeignKey("blocks.block_id"), nullable=False),
+        # A block is named by its place in the blocks' chain: short, and never given twice.
+        sa.Column("block", sa.Integer, sa.ForeignKey("blocks.seq"), nullable=False),
         sa.Column("number", sa.Integer, nullable=False),
         sa.ForeignKeyConstraint(["seq", "number"], ["mechanisms.seq", "mechanisms.number"]),
         # A row's charges lie side by side, so that an audit reads the file from front to back.
         sqlite_with_rowid=False,
     )
     op.execute(
-        "INSERT INTO packed_charges (seq, position, block_id, number) "
-        "SELECT c.seq, c.position, c.block_id, m.number FROM charges c JOIN mechanisms m "
-        "ON m.seq = c.seq AND m.q = c.q AND m.sigma = c.sigma AND m.steps = c.steps"
+        "INSERT INTO packed_charges (seq, position, block, number) "
+        "SELECT c.seq, c.position, b.seq, m.number FROM charges c JOIN blocks b ON b.block_id = c.block_id "
+        "JOIN mechanisms m ON m.seq = c.seq AND m.q = c.q AND m.sigma = c.sigma AND m.steps = c.steps"
     )
     op.drop_table("charges")
     op.rename_table("packed_charges", "charges")
     # All a reservation asks about a block stands in the index, so its charges lie side by side there.
-    op.create_index("charges_of_block", "charges", ["block_id", "seq", "number"])
+    op.create_index("charges_of_block", "charges", ["block", "seq", "number"])
     # The newest row of a stream in windows, however many rows have none.
     op.create_index("windows_of_stream", "ledger", ["stream", "window", "seq"])
 
