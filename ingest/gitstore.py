@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import pygit2
-from pygit2.enums import FileMode
+from pygit2.enums import FileMode, SortMode
 
 from ingest.errors import LaneConflict, RepositoryError, of_disk
 
@@ -137,6 +137,24 @@ class GitStore:
         """Names of the folders in a folder of a commit."""
         entry = self._entry(commit, path)
         return [c.name for c in entry if isinstance(c, pygit2.Tree)] if isinstance(entry, pygit2.Tree) else []
+
+    def changes(self, ref: str, path: str) -> list[tuple[str, bytes]]:
+        """Commits of a branch that gave a file new content, oldest first, each with that content.
+
+        Merged branches are not walked: of `main`, only what was committed on it.
+        """
+        head = self.head(ref)
+        if head is None:
+            return []
+        walker = self._repo.walk(pygit2.Oid(hex=head), SortMode.TOPOLOGICAL | SortMode.REVERSE)
+        walker.simplify_first_parent()
+        found, before = [], None
+        for commit in walker:
+            entry = self._entry(str(commit.id), path)
+            if isinstance(entry, pygit2.Blob) and entry.id != before:
+                found.append((str(commit.id), bytes(entry.data)))
+            before = None if entry is None else entry.id
+        return found
 
     def _grown(self, tree: Any, leaves: Mapping[tuple[str, ...], tuple[Any, FileMode]]) -> Any:
         """A copy of a tree with leaves (path, (object id, mode)) put in."""

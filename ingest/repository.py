@@ -289,6 +289,19 @@ class DataRepository:
 
         return self._retried(attempt)
 
+    def committed_files(self, path: str) -> list[tuple[str, bytes]]:
+        """Commits on main that gave a file new content, oldest first, each with that content."""
+        return self.git.changes(MAIN, path)
+
+    def committed_file(self, path: str, revision: str | None = None) -> bytes | None:
+        """A file as main has it, now or at a revision; None where it has none.
+
+        Raises:
+            RepositoryError: the revision is unknown.
+        """
+        at = revision or self.git.head(MAIN)
+        return None if at is None else self.git.read(at, path)
+
     def _retried(self, attempt: Callable[[], str]) -> str:
         for _ in range(_TRIES):
             with suppress(LaneConflict):

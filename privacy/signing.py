@@ -297,24 +297,42 @@ class TrustedKeys:
     def __init__(self, keys: Iterable[PublicKey], retired: Mapping[str, str] | None = None) -> None:
         self._keys = {key.key_id: key for key in keys}
         self._retired = dict(retired or {})
+        self._folder: Path | None = None
+        self._purpose, self._stamp = "", 0
 
     @classmethod
     def from_dir(cls, folder: Path, purpose: str = "") -> TrustedKeys:
         """Every `PURPOSE*.pub` of a folder, and what its rotations introduced; without a purpose, every key.
 
+        The folder is read again when it has changed, so that a server that runs on knows of a rotation.
+
         Raises:
             SignatureError: one of them is not an Ed25519 public key, or a statement of a rotation does not hold.
         """
-        keys = {key.key_id: key for key in map(PublicKey.load, sorted(folder.glob(f"{purpose}*.pub")))}
+        found = cls(())
+        found._folder, found._purpose = folder, purpose
+        found._read(folder)
+        return found
+
+    def _read(self, folder: Path) -> None:
+        stamp = _changed_ns(folder)
+        keys = {key.key_id: key for key in map(PublicKey.load, sorted(folder.glob(f"{self._purpose}*.pub")))}
         retired = dict[str, str]()
-        for path in sorted(folder.glob(f"{purpose}*{ROTATIONS}")):
+        for path in sorted(folder.glob(f"{self._purpose}*{ROTATIONS}")):
             try:
                 found = read_rotations(load_statements(path), keys)
             except SignatureError as error:
                 raise SignatureError(f"{path}: {error}") from None
             keys |= {rotation.new_public.key_id: rotation.new_public for rotation in found}
             retired |= {rotation.old_key_id: rotation.at for rotation in found}
-        return cls(keys.values(), retired)
+        self._keys, self._retired, self._stamp = keys, retired, stamp
+
+    def _refresh(self, key_id: str) -> None:
+        # A folder that is not there now (an unmounted volume) takes no trust away. An unknown key asks again, as two
+        # changes may fall into one tick of the file system's clock.
+        stamp = _changed_ns(self._folder) if self._folder else 0
+        if self._folder and stamp and (stamp != self._stamp or key_id not in self._keys):
+            self._read(self._folder)
 
     def verify(self, signed: Any) -> dict[str, Any]:
         """The payload without `key_id` and `signature`, if the signature holds.
@@ -323,6 +341,8 @@ class TrustedKeys:
             SignatureError: not a signed value, an unknown key, a signature that does not match, or one that was made
                 after its key was retired.
         """
+        if isinstance(signed, Mapping):
+            self._refresh(str(signed.get("key_id")))
         body = checked(signed, self._keys)
         until = self._retired.get(str(signed["key_id"]))
         for made in (body.get(name) for name in _TIMES):
@@ -350,6 +370,14 @@ def checked(signed: Any, keys: Mapping[str, PublicKey]) -> dict[str, Any]:
     except (InvalidSignature, ValueError, PrivacyError):
         raise SignatureError(f"key_id={signed['key_id']}: signature does not match; the value was changed") from None
     return {name: value for name, value in body.items() if name != "key_id"}
+
+
+def _changed_ns(folder: Path) -> int:
+    """When names in a folder changed last; 0 where there is none."""
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _introductions(path: Path) -> set[tuple[str, str]]:

@@ -32,14 +32,18 @@ from privacy.export import (
     ROWS,
     STATEMENT,
     VERSIONS,
+    Evidence,
     Papers,
     Value,
+    files_of,
     load,
     read,
+    seal,
     unseal,
 )
 from privacy.policy import HOLDOUT, TRAIN, Policy
 from privacy.receipts import ADJACENCY
+from privacy.signing import SigningKey
 from privacy.statement import statement
 
 PRODUCTION = "Production"
@@ -66,6 +70,20 @@ class Report:
     streams: Mapping[str, AuditReport]
     ledger_head: str
     approvals_head: str
+
+
+def make(evidence: Evidence, signer: SigningKey) -> dict[str, bytes]:
+    """The files of an export: a statement of what the rows add up to, and the manifest, signed. Verify before use.
+
+    Args:
+        evidence: what goes into it.
+        signer: the key of receipts in use.
+
+    Raises:
+        ExportBroken: a block has spent more than its filter, or a round's id cannot name a folder.
+    """
+    said = statement(evidence, _spending(Case(evidence)))
+    return seal(files_of(evidence) | {STATEMENT: said.encode()}, signer)
 
 
 def verify_folder(

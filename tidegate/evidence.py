@@ -162,6 +162,8 @@ def keep_in_git(service: Service, trained: Trained, evaluation: Evaluation, verd
     }
     folder = Path("rounds") / plan.round_id
     paths = {str(folder / name): content for name, content in files.items()}
-    paths["round.json"] = encode({"round_id": plan.round_id, "adapter_sha256": trained.adapter_sha256})
+    # Where both chains stood: a later ledger without these hashes is not the one this round was charged in.
+    heads = {"ledger_head": trained.receipt["ledger_head"], "approvals_head": service.approvals().head()}
+    paths["round.json"] = encode({"round_id": plan.round_id, "adapter_sha256": trained.adapter_sha256, **heads})
     paths["params.yaml"] = service.workspace.params.read_bytes()
     service.repository().commit_files(paths, f"Record round {plan.round_id}")

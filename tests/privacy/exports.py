@@ -6,15 +6,14 @@ from pathlib import Path
 
 from privacy import chain, tables
 from privacy.canonical import sha256_of
-from privacy.case import Case, GivenKey
-from privacy.export import Evidence, Papers, files_of, key_entry, seal
+from privacy.case import GivenKey
+from privacy.export import Evidence, Papers, key_entry
 from privacy.ledger import Charge, Ledger
 from privacy.policy import Policy
 from privacy.receipts import make_receipt
 from privacy.rotation import PURPOSES, known_keys, rotate, rotations
 from privacy.signing import SigningKey
-from privacy.statement import statement
-from privacy.verify import PRODUCTION, _spending
+from privacy.verify import PRODUCTION, make
 from registry.approvals import Approvals, now
 
 CODE = "c0de" * 16
@@ -192,18 +191,11 @@ class World:
     def files(self, evidence=None, **changes):
         """A sealed export; `changes` replace parts of the evidence, as an operator could who holds every key."""
         found = replace(evidence or self.evidence(), **changes)
-        return sealed(found, self.key("receipts"))
+        return make(found, self.key("receipts"))
 
     def close(self):
         self.ledger.close()
         self.approvals.close()
-
-
-def sealed(evidence, signer):
-    """Files with the statement that their rows ask for, where they add up to one."""
-    files = files_of(evidence)
-    files["STATEMENT.md"] = statement(evidence, _spending(Case(evidence))).encode()
-    return seal(files, signer)
 
 
 def whole_world(root):

@@ -23,8 +23,8 @@ from privacy.errors import ExportBroken, SignatureError
 from privacy.export import ANCHORS, APPROVALS, BLOCKS, MANIFEST, ROWS, STATEMENT, VERSIONS, Papers, read
 from privacy.receipts import make_receipt
 from privacy.signing import SigningKey
-from privacy.verify import verify, verify_folder
-from tests.privacy.exports import CODE, MODEL, World, adapter, make_plan, sealed, whole_world
+from privacy.verify import make, verify, verify_folder
+from tests.privacy.exports import CODE, MODEL, World, adapter, make_plan, whole_world
 
 # What the holder of every key can change unseen: nobody signed it, and nothing follows from it. docs/audit.md says so.
 OPEN = {
@@ -55,7 +55,7 @@ def heads(world):
 def again(world, files):
     """What the operator makes of changed files: the statement worded anew where it can be, the manifest signed."""
     try:
-        return sealed(read(files), world.key("receipts"))
+        return make(read(files), world.key("receipts"))
     except (ExportBroken, ValueError, KeyError, TypeError, AttributeError):
         return export.seal(files, world.key("receipts"))
 

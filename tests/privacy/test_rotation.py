@@ -74,6 +74,17 @@ def test_a_process_that_lives_on_signs_with_the_new_key(keys):
     assert signer.sign({"x": 1})["key_id"] == made.new_public.key_id
 
 
+def test_a_server_that_runs_on_knows_of_a_rotation(keys):
+    trusted = TrustedKeys.from_dir(keys, "verdicts")
+    old = SigningKey.load_or_create(keys / "verdicts.pem")
+    rotate(keys, "verdicts", at="2026-01-02T00:00:00Z", **HEADS)
+    assert trusted.verify(SigningKey.load_or_create(keys / "verdicts.pem").sign({"x": 1})) == {"x": 1}
+    with pytest.raises(SignatureError, match="was retired"):
+        trusted.verify(old.sign({"made_at": "2026-01-03T00:00:00Z"}))
+    keys.rename(keys.parent / "unmounted")
+    assert trusted.verify(old.sign({"made_at": "2026-01-01T00:00:00Z"})), "what is known stays known"
+
+
 @pytest.mark.parametrize("change", ["drop", "swap", "forge", "torn", "stranger"])
 def test_statements_that_do_not_hold_are_refused(keys, tmp_path, change):
     for _ in range(2):
