@@ -77,6 +77,8 @@ _SESSION_MS: Final = 10_000
 _HEARTBEAT_MS: Final = 2_000
 # Between two polls lies the sealing of one block; beyond this the process hangs, and its partitions are given away.
 _POLL_INTERVAL_MS: Final = 300_000
+# A rebalance takes as long as the slowest member's heartbeat; a stop is heeded after this at the latest.
+_JOIN_MS: Final = 5_000
 # New partitions, and a topic made anew, are noticed within this time.
 _METADATA_MS: Final = 30_000
 
@@ -389,12 +391,24 @@ class TopicReader:
             OffsetsGone: the topic no longer holds, or never held, the wanted offset.
         """
         with _translated(self._what, self._settings):
+            self._finish_joining()
             batches = self._consumer.poll(timeout_ms=timeout_ms, max_records=messages_max)
         return [
             Message(r.partition, r.offset, r.key, r.value, tuple(r.headers), r.timestamp)
             for batch in batches.values()
             for r in batch
         ]
+
+    def _finish_joining(self) -> None:
+        """Wait for a rebalance that is under way, which gives nobody messages anyway.
+
+        kafka-python 3 drops the answer to a JoinGroup that comes between two polls, and asks again: with polls as short
+        as ours each member would start the next rebalance of all, over and over.
+        """
+        if self._moves is not None:
+            coordinator = self._consumer._coordinator  # noqa: SLF001 - a poll as long would wait for messages too
+            if coordinator.need_rejoin():
+                coordinator.ensure_active_group(timeout_ms=_JOIN_MS)
 
     def positions(self) -> dict[int, int]:
         """Next offset to be read, by partition; none of those that stand still."""

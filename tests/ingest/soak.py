@@ -49,6 +49,10 @@ STOP_AT = (Step.POLLED, Step.CLAIMED, Step.WRITTEN, Step.ADDED)
 TAKEOVER_SECONDS_MAX = 120.0
 # A child that is silent for so long hangs, which is a finding.
 HANG_SECONDS = 180.0
+# A child that ends and starts again is a rebalance, in which kafka-python gives nobody anything: so none ends soon.
+PATIENT_SECONDS = 30.0
+# What is always on the topic and not yet in a block.
+BACKLOG_BLOCKS = 12
 # After so many findings more of them say nothing new.
 TROUBLE_MAX = 20
 BAD = (b"broken", b"[]", b"\xff\xfe", b'{"event_id": 1}', line(1, domain="unheard"), line(2, surprise="x"), None)
@@ -170,9 +174,8 @@ class _Life:
 class Soak:
     """One run: a topic that is fed, children that are killed, and what was heard of them."""
 
-    def __init__(self, world: World, records: int, seed: int, say: Callable[[str], None]) -> None:
+    def __init__(self, world: World, seed: int) -> None:
         self.world = world
-        self.say = say
         self.random = random.Random(seed)
         self.figures = Figures()
         self.lock = threading.Lock()
@@ -184,7 +187,6 @@ class Soak:
         self.trouble: list[str] = []
         self.plans: list[Plan] = []
         self.steps: Counter[str] = Counter()
-        self._feed(records)
 
     def _values(self, count: int) -> Iterator[tuple[bytes, bytes | None]]:
         """Messages with their keys: mostly good, some again under another key (elsewhere), conflicting, or broken."""
@@ -239,20 +241,20 @@ class Soak:
                 return
             if plan.stop:
                 with self.one_zombie:
-                    done = self._life(plan, 3.0)
+                    done = self._life(plan, PATIENT_SECONDS)
             else:
-                done = self._life(plan, 3.0)
+                done = self._life(plan, PATIENT_SECONDS)
             if not done:
                 with self.lock:
                     self.plans.insert(0, plan)
-                self._feed_if_dry()
 
-    def _feed_if_dry(self) -> None:
+    def feed(self, records: int, kills: int) -> None:
+        """As much as the kills so far are of all kills, and so much that no partition is ever silent for long."""
         with self.lock:
-            dry = self.written - self.sealed < 10 * self.world.block_offsets
-        if dry:
-            with suppress(IngestError):
-                self._feed(20 * self.world.block_offsets)
+            share = 0.05 + 0.95 * self.figures.kills / kills if kills else 1.0
+            behind = max(int(records * share), self.sealed + BACKLOG_BLOCKS * self.world.block_offsets) - self.written
+        if behind > 0:
+            self._feed(min(behind, 10 * self.world.block_offsets))
 
     def _life(self, plan: Plan | None, idle_s: float) -> bool:
         """One child from start to end; True if it ended as planned."""
@@ -438,7 +440,8 @@ def run(folder: Path, kafka: ApacheKafka, size: Size, say: Callable[[str], None]
     began = time.monotonic()
     world = World(folder, kafka.settings, topic, block_offsets=size.block_offsets, block_seconds=5.0).make()
     ensure_topic(world.settings, world.topic, size.partitions)
-    soak = Soak(world, size.records, size.seed, say)
+    soak = Soak(world, size.seed)
+    soak.feed(size.records, size.kills)
     soak.plan(size.kills, size.stops)
     over = threading.Event()
     drivers = [threading.Thread(target=soak.drive, args=(began + size.seconds_max,)) for _ in range(size.processes)]
@@ -447,9 +450,13 @@ def run(folder: Path, kafka: ApacheKafka, size: Size, say: Callable[[str], None]
         thread.start()
     while any(thread.is_alive() for thread in drivers):
         drivers[0].join(1) if drivers[0].is_alive() else drivers[-1].join(1)
+        if soak.plans:
+            soak.feed(size.records, size.kills)
         say(_progress(soak, size, began))
     over.set()
     breaker.join()
+    while soak.written < size.records:
+        soak.feed(size.records, 0)
     soak.settle(size.processes)
     say(_progress(soak, size, began))
     figures = account(world, soak.figures)
