@@ -107,10 +107,17 @@ class SigningKey:
         """Read the key, or make one; safe when two processes do so at once: both get the same key.
 
         Raises:
-            SignatureError: the file can be read by others, holds no Ed25519 private key, or its `.pub` is another's.
+            SignatureError: the file can be read by others, holds no Ed25519 private key, or its `.pub` is another's; or
+                the public half alone is here, because the key is kept elsewhere.
         """
         try:
+            # Asked in this order: whoever makes a key writes the private half first.
+            public_is_here = path.with_suffix(".pub").exists()
             if not path.exists():
+                if public_is_here:
+                    raise SignatureError(
+                        f"{path}: is not here, only its public half; sign where it is kept, or restore it from a backup"
+                    )
                 cls._create(path)
             key = cls._load(path)
             key._keep_public(path.with_suffix(".pub"))  # noqa: SLF001 - a method of the same class
@@ -203,7 +210,6 @@ class KeyFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        SigningKey.load_or_create(path)
 
     def sign(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         """As `SigningKey.sign`.

@@ -38,7 +38,7 @@ from mlflow.server import handlers
 
 from ingest.child import die_with_parent
 from privacy.errors import PrivacyError
-from privacy.signing import KeyFile
+from privacy.signing import KeyFile, SigningKey
 from registry.approvals import Approvals
 from registry.errors import PromotionRefused, RegistryError, UnknownVersion
 from registry.promotion import ADAPTER_FOLDER, Promotions, Trust, pick
@@ -120,6 +120,7 @@ def create_app(app: Flask = mlflow_app) -> Any:
         die_with_parent()  # uvicorn's parent is the `mlflow` command, which dies with whoever started it
     workspace = Path(_setting("TIDEGATE_WORKSPACE"))
     keys = Path(os.environ.get("TIDEGATE_KEYS") or workspace / "keys")
+    SigningKey.load_or_create(keys / "approvals.pem")
     signer = KeyFile(keys / "approvals.pem")  # read at each decision: a rotation needs no restart
     approvals = Approvals(os.environ.get("TIDEGATE_APPROVALS_URL") or f"sqlite:///{workspace / 'approvals.db'}", signer)
     # Keys are read at each decision: the first verdict may be signed after this server started.

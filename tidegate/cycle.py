@@ -94,7 +94,7 @@ def run(
     """
     tell = progress or (lambda _what, _done, _of: None)
     service.stream(stream)
-    with _only_round(service, stream):
+    with only_round(service, stream):
         require_whole_ledger(service)
         plan = _unfinished(service, stream)
         if plan is None:
@@ -115,7 +115,12 @@ def run(
 
 
 @contextmanager
-def _only_round(service: Service, stream: str) -> Iterator[None]:
+def only_round(service: Service, stream: str) -> Iterator[None]:
+    """Held while a round of the stream runs, or while none may.
+
+    Raises:
+        RoundRefused: another process holds it.
+    """
     service.workspace.run.mkdir(parents=True, exist_ok=True)
     with (service.workspace.run / f"round-{stream}.lock").open("a+") as handle:
         try:

@@ -120,9 +120,11 @@ class Service:
 
     def approvals(self, *, signing: bool = False) -> Approvals:
         """The signed history of approvals, for reading, or for signing where MLflow has no guard."""
+        from privacy.signing import KeyFile
         from registry.approvals import Approvals
 
-        return Approvals(self.approvals_url, self.signer("approvals") if signing else None)
+        # The key itself is asked for when something is signed: with a guard it may be kept on another machine.
+        return Approvals(self.approvals_url, KeyFile(self.keys_dir / "approvals.pem") if signing else None)
 
     def repository(self) -> DataRepository:
         """The data repository."""
@@ -258,7 +260,7 @@ def complete_workspace(workspace: Workspace) -> list[str]:
     service = Service(workspace, load(workspace.params))
     made = []
     for purpose in ("receipts", "verdicts", "approvals"):
-        if not (service.keys_dir / f"{purpose}.pem").exists():
+        if not any((service.keys_dir / f"{purpose}{half}").exists() for half in (".pem", ".pub")):
             service.signer(purpose)
             made.append(f"keys/{purpose}.pem")
     for name in ("answers", *(f"split-{stream}" for stream in service.settings.streams)):

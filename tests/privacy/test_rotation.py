@@ -85,6 +85,14 @@ def test_a_server_that_runs_on_knows_of_a_rotation(keys):
     assert trusted.verify(old.sign({"made_at": "2026-01-01T00:00:00Z"})), "what is known stays known"
 
 
+def test_a_key_that_is_kept_elsewhere_is_not_made_anew(keys):
+    (keys / "verdicts.pem").rename(keys.parent / "elsewhere.pem")
+    with pytest.raises(SignatureError, match="only its public half"):
+        KeyFile(keys / "verdicts.pem").sign({"x": 1})
+    assert files(keys) == {"verdicts.pub"}
+    assert len(known_keys(keys, "verdicts")) == 1
+
+
 @pytest.mark.parametrize("change", ["drop", "swap", "forge", "torn", "stranger"])
 def test_statements_that_do_not_hold_are_refused(keys, tmp_path, change):
     for _ in range(2):

@@ -68,7 +68,7 @@ def test_an_older_ledger_refuses_a_round(desk, tiny):
 
 def test_two_rounds_of_a_stream_never_run_at_once(desk):
     service = desk.service()
-    with cycle._only_round(service, STREAM):
+    with cycle.only_round(service, STREAM):
         done = desk.run("round", STREAM, check=False)
     assert done.returncode == 1
     assert "a round runs already (pid" in done.stderr

@@ -78,6 +78,17 @@ def test_records_end_up_in_exactly_one_block(desk):
     assert any("prompt" in reason for reason in reasons)
 
 
+def test_prometheus_sees_ingest(desk):
+    import urllib.request
+
+    port = desk.service().stream(STREAM).ingest.metrics_port
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        text = answer.read().decode()
+    for name in ("accepted", "rejected", "duplicates", "messages", "bytes", "blocks", "alarms", "seal_seconds", "lag"):
+        assert f"tidegate_ingest_{name}" in text
+    assert f'tidegate_ingest_messages_total{{stream="{STREAM}"}} {len(stream_rows()) + 2:.1f}' in text
+
+
 def test_a_round_becomes_a_candidate_with_its_evidence(desk):
     end = desk.json("round", STREAM)
     assert (end["outcome"], end["state"], end["version"]) == ("passed", "candidate", 1), end
@@ -262,6 +273,20 @@ def test_test_noise_is_rebuilt_bit_for_bit_and_never_promoted(desk, tmp_path):
     assert "bit for bit the same" in done.stdout
     assert end["adapter_sha256"] in done.stdout
     assert desk.json("audit")["streams"][STREAM]["epsilon"] is None
+
+
+def test_an_auditor_verifies_an_export_elsewhere(desk, tmp_path):
+    head = desk.json("audit", "--export", str(tmp_path / "sent"))["ledger_head"]
+    keys = [f"--key={p}={desk.root / 'keys' / p}.pub" for p in ("receipts", "verdicts", "approvals")]
+    command = [sys.executable, "-m", "tidegate", "audit", "--verify", "sent", *keys, "--expect-head", head]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rounds: 3 committed, each with one signed receipt" in done.stdout
+    assert "approvals: 3 signed and chained" in done.stdout
+    assert "heads in 3 receipts and 3 commits, and 1 of --expect-head" in done.stdout
+    rows = tmp_path / "sent" / "ledger" / "rows.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 1
 
 
 def test_an_emergency_rollback_needs_no_registry(desk, running, openai_client):

@@ -1,4 +1,4 @@
-"""`tidegate status|lineage|audit|ask`: what runs, where it came from, what it cost, what it says."""
+"""`tidegate status|lineage|ask`: what runs, where it came from, what it says."""
 
 from __future__ import annotations
 
@@ -58,31 +58,6 @@ def lineage(given: str | None, what: str, *, stream: str | None, want_json: bool
         output.say(f"  data revision {step['data_revision']}, plan {step['plan_hash'][:16]}")
         rows = [(b["id"], b["use"], f"{b['q']:.4g}", b["offsets"]) for b in step["blocks"]]
         output.table("", ("block", "use", "sampling rate", "topic/partition: offsets"), rows)
-
-
-@click.command()
-@click.argument("stream", required=False)
-@_JSON
-@click.pass_obj
-def audit(given: str | None, stream: str | None, *, want_json: bool) -> None:
-    """Recompute what was spent from the ledger's rows: per block and stream, the claim and the filter's share used.
-
-    The hash chain of the ledger, the chain of approvals and all their signatures are verified first.
-    """
-    from tidegate.audit import examine
-    from tidegate.wiring import open_service
-
-    service = open_service(given)
-    report = examine(service, stream)
-    if want_json:
-        output.as_json(report)
-        return
-    for line in report["verified"]:
-        output.say(f"verified  {line}")
-    for name, part in report["streams"].items():
-        output.say(f"\n{name}: {part['claim']}")
-        rows = [(b["block"], b["claim"], f"{b['share_used']:.1%}", ", ".join(b["rounds"])) for b in part["blocks"]]
-        output.table("", ("block", "claim", "filter used", "rounds"), rows)
 
 
 @click.command()
