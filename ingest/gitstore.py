@@ -6,7 +6,6 @@ Commits are made as objects, without a work tree and without an index, and come 
 
 from __future__ import annotations
 
-import errno
 import os
 import subprocess
 import time
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pygit2
 from pygit2.enums import FileMode, SortMode
 
-from ingest.errors import LaneConflict, RepositoryError, of_disk
+from ingest.errors import DiskFull, LaneConflict, RepositoryError, of_disk
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -233,8 +232,9 @@ class GitStore:
             if (now := self.head(ref)) != old:
                 raise LaneConflict(f"{ref}: moved from {old} to {now} by another writer; start over from the manifests")
             lock = self.path / f"{ref}.lock"
-            if "No space left" in done.stderr:
-                raise of_disk(self.path, OSError(errno.ENOSPC, done.stderr))
+            # libgit2 does not notice that a full disk took no object: git does, when a ref is to name it.
+            if isinstance(full := of_disk(self.path, OSError(done.stderr)), DiskFull):
+                raise full
             if time.monotonic() >= end or not ("lock" in done.stderr or lock.exists()):
                 raise RepositoryError(f"{ref}: not moved: {' '.join(done.stderr.split())}; {_way_out(lock)}")
             _remove_stale(lock)
