@@ -6,7 +6,6 @@ compares. `recompute` needs no database: an auditor's export is added up by it t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -16,7 +15,7 @@ from privacy import accounting
 from privacy.chain import Charge, LedgerRow
 from privacy.errors import LedgerBroken
 from privacy.ledger import Ledger
-from privacy.policy import HOLDOUT, TRAIN, Policy
+from privacy.policy import ACCOUNTS, HOLDOUT, TRAIN, Policy
 
 
 class _Entry(NamedTuple):
@@ -86,15 +85,15 @@ def audit(ledger: Ledger, stream: str) -> AuditReport:
     ledger.verify_chain()
     view = ledger.snapshot(stream)
     policies = {name: account.policy for name, account in view.accounts.items()}
-    paid = _paid(view.rows, policies)
+    books = _Books(view.rows, policies)
     for name, account in sorted(view.accounts.items()):
         for side, spent in ((TRAIN, account.spent), (HOLDOUT, account.holdout_spent)):
-            if spent not in _present(paid[name, side], account.policy):
+            if spent not in books.present(name, side):
                 raise LedgerBroken(
                     f"block={name}: recomputed spending of {side} differs from the filter's; do not train until it is "
                     f"found"
                 )
-    return recompute(stream, view.rows, policies)
+    return _whole(stream, tuple(_block(books, name) for name in sorted(policies)))
 
 
 def recompute(stream: str, rows: Sequence[LedgerRow], policies: Mapping[str, Policy]) -> AuditReport:
@@ -108,99 +107,126 @@ def recompute(stream: str, rows: Sequence[LedgerRow], policies: Mapping[str, Pol
     Raises:
         LedgerBroken: a row charges a block that is not among them, or an account that there is not.
     """
-    paid = _paid(rows, policies)
-    blocks = (_block(name, policy, paid[name, TRAIN], paid[name, HOLDOUT]) for name, policy in sorted(policies.items()))
-    return _whole(stream, tuple(blocks))
+    books = _Books(rows, policies)
+    return _whole(stream, tuple(_block(books, name) for name in sorted(policies)))
 
 
-def _paid(rows: Sequence[LedgerRow], policies: Mapping[str, Policy]) -> dict[tuple[str, str], _Paid]:
-    """Per block and account the rows it paid for, oldest first: what its units may have taken part in."""
-    released = {(row.round_id, row.attempt) for row in rows if row.state == "cancelled"}
-    # A user may be in any block sealed under unit `user`, hence in any round that used one of them.
-    of_users = {name for name, policy in policies.items() if policy.unit == "user"}
-    paid: dict[tuple[str, str], _Paid] = {(name, account): [] for name in policies for account in (TRAIN, HOLDOUT)}
-    for row in rows:
-        charged = {charge.block_id: charge for charge in row.charges}
-        if not charged or (row.round_id, row.attempt) in released:
-            continue
-        if strangers := charged.keys() - policies.keys():
-            raise LedgerBroken(
-                f"ledger row {row.seq}: charges {', '.join(sorted(strangers))}, not of stream {row.stream}"
-            )
-        horizon = policies[row.charges[0].block_id].horizon
-        if not of_users.isdisjoint(charged):
-            # A block without a holdout account has nobody in it who may be read.
-            able = of_users if row.account == TRAIN else {n for n in of_users if policies[n].holdout_evaluations}
-            charged |= dict.fromkeys(able, row.charges[0])
-        for name, charge in charged.items():
-            if (name, row.account) not in paid:
-                raise LedgerBroken(f"ledger row {row.seq}: account={row.account}: must be {TRAIN} or {HOLDOUT}")
-            paid[name, row.account].append(_Entry(row, charge, horizon))
-    return paid
+class _Books:
+    """Per block and account the rows it paid for: what its units may have taken part in.
+
+    A user may be in any block sealed under unit `user`, hence in any round that used one of them: all those blocks pay
+    from one purse. A block without a holdout account has nobody in it who may be read.
+    """
+
+    def __init__(self, rows: Sequence[LedgerRow], policies: Mapping[str, Policy]) -> None:
+        self.policies = policies
+        self._users: dict[str, _Paid] = {account: [] for account in ACCOUNTS}
+        self._paid: dict[tuple[str, str], _Paid] = {}
+        self._sums: dict[tuple[int, tuple[int, ...], str], dict[int, tuple[float, ...]]] = {}
+        for name, policy in policies.items():
+            for account in ACCOUNTS:
+                able = policy.unit == "user" and (account == TRAIN or policy.holdout_evaluations > 0)
+                self._paid[name, account] = self._users[account] if able else []
+        released = {(row.round_id, row.attempt) for row in rows if row.state == "cancelled"}
+        for row in rows:
+            if row.charges and (row.round_id, row.attempt) not in released:
+                self._take(row)
+
+    def _take(self, row: LedgerRow) -> None:
+        where, of_users = f"ledger row {row.seq}", set[tuple[float, float, int]]()
+        if row.account not in ACCOUNTS:
+            raise LedgerBroken(f"{where}: account={row.account}: must be {TRAIN} or {HOLDOUT}")
+        for charge in row.charges:
+            policy = self.policies.get(charge.block_id)
+            if policy is None:
+                raise LedgerBroken(f"{where}: charges {charge.block_id}, not of stream {row.stream}")
+            if row.account == HOLDOUT and not policy.holdout_evaluations:
+                raise LedgerBroken(f"{where}: reads the holdout of {charge.block_id}, which has no account for it")
+            entry = _Entry(row, charge, policy.horizon)
+            if policy.unit == "record":
+                self._paid[charge.block_id, row.account].append(entry)
+            elif not of_users:
+                self._users[row.account].append(entry)
+            if policy.unit == "user":
+                of_users.add((charge.q, charge.sigma, charge.steps))
+        if len(of_users) > 1:
+            raise LedgerBroken(f"{where}: users pay {len(of_users)} prices in one round, must be one")
+
+    def paid(self, name: str, account: str) -> _Paid:
+        """What a block paid from an account, oldest first."""
+        return self._paid[name, account]
+
+    def total(self, name: str, account: str) -> tuple[float, ...]:
+        """Over all windows, at each order of the block's grid, nats."""
+        return _total(self._paid[name, account], self.policies[name].orders)
+
+    def windows(self, name: str, account: str) -> dict[int, tuple[float, ...]]:
+        """Total per window, oldest first; what users paid under another horizon falls into each of them."""
+        paid, policy = self._paid[name, account], self.policies[name]
+        key = (id(paid), policy.orders, policy.horizon)
+        if key not in self._sums:
+            numbers = sorted({entry.row.window for entry in paid if entry.horizon == policy.horizon})
+            self._sums[key] = {
+                number: _total(
+                    [e for e in paid if e.row.window == number or e.horizon != policy.horizon], policy.orders
+                )
+                for number in numbers
+            }
+        return self._sums[key]
+
+    def present(self, name: str, account: str) -> list[tuple[float, ...]]:
+        """What may be spent in the present window: it is the newest that was charged, or one in which nothing was."""
+        charged, policy = list(self.windows(name, account).values())[-1:], self.policies[name]
+        if charged and not policy.days:
+            return charged
+        others = [entry for entry in self._paid[name, account] if entry.horizon != policy.horizon]
+        return [*charged, _total(others, policy.orders)]
+
+    def share_used(self, name: str, account: str) -> float:
+        """Of the account's filter, in the window that used most; 0 where there is no account."""
+        bounds = self.policies[name].caps_of(account)
+        if not any(cap > 0.0 for cap in bounds):
+            return 0.0
+        totals = self.windows(name, account).values() or [self.total(name, account)]
+        return max(accounting.share_used(total, bounds) for total in totals)
 
 
 @lru_cache(maxsize=65_536)
-def _price(charge: tuple[float, float, int], orders: tuple[int, ...]) -> tuple[float, ...]:
-    return accounting.rdp(*charge, orders)
+def _price(q: float, sigma: float, steps: int, orders: tuple[int, ...]) -> tuple[float, ...]:
+    return accounting.rdp(q, sigma, steps, orders)
 
 
-def _total(paid: _Paid, policy: Policy) -> tuple[float, ...]:
+def _total(paid: _Paid, orders: tuple[int, ...]) -> tuple[float, ...]:
     """Rényi divergence at each order, nats, added up in the order of the rows."""
-    total = [0.0] * len(policy.orders)
+    total = [0.0] * len(orders)
     for _, charge, _ in paid:
-        rho = _price((charge.q, charge.sigma, charge.steps), policy.orders)
+        rho = _price(charge.q, charge.sigma, charge.steps, orders)
         total = [t + r for t, r in zip(total, rho, strict=True)]
     return tuple(total)
-
-
-def _windows(paid: _Paid, policy: Policy) -> dict[int, tuple[float, ...]]:
-    """Total per window, in their order; what users paid under another horizon falls into each of them."""
-    numbers = sorted({entry.row.window for entry in paid if entry.horizon == policy.horizon})
-    return {
-        number: _total([e for e in paid if e.row.window == number or e.horizon != policy.horizon], policy)
-        for number in numbers
-    }
-
-
-def _present(paid: _Paid, policy: Policy) -> list[tuple[float, ...]]:
-    """What may be spent in the present window: it is the newest that was charged, or one in which nothing was yet."""
-    charged = list(_windows(paid, policy).values())[-1:]
-    if charged and not policy.days:
-        return charged
-    return [*charged, _total([entry for entry in paid if entry.horizon != policy.horizon], policy)]
-
-
-def _share_used(paid: _Paid, policy: Policy, account: str) -> float:
-    """Of the account's filter, in the window that used most; infinity where there is no account to pay from."""
-    bounds = policy.caps_of(account)
-    if not any(cap > 0.0 for cap in bounds):
-        return math.inf if paid else 0.0
-    totals = _windows(paid, policy).values() or [_total(paid, policy)]
-    return max(accounting.share_used(total, bounds) for total in totals)
 
 
 def _names(paid: _Paid) -> tuple[str, ...]:
     return tuple(row.round_id if row.attempt == 1 else f"{row.round_id}.{row.attempt}" for row, _, _ in paid)
 
 
-def _block(name: str, policy: Policy, trained: _Paid, held_out: _Paid) -> BlockAudit:
-    test = any(row.noise_source == "test" for row, _, _ in trained)
-    total = _total(trained, policy)
+def _block(books: _Books, name: str) -> BlockAudit:
+    policy, trained, held_out = books.policies[name], books.paid(name, TRAIN), books.paid(name, HOLDOUT)
+    test, unbounded = (any(e.row.noise_source == "test" for e in paid) for paid in (trained, held_out))
+    total = books.total(name, TRAIN)
     fixed = accounting.epsilon_from_rdp(total, policy.orders, policy.delta)[0] if trained else 0.0
-    unbounded = any(row.noise_source == "test" for row, _, _ in held_out)
     return BlockAudit(
         block=name,
         unit=policy.unit,
         epsilon=None if test else policy.epsilon,
         delta=policy.delta,
-        share_used=_share_used(trained, policy, TRAIN),
+        share_used=books.share_used(name, TRAIN),
         rounds=_names(trained),
         claim=_claim(policy, test=test),
         # Not a claim over adaptively chosen rounds; where the noise was a known seed it is none at all.
         epsilon_if_fixed_in_advance=None if test else round(fixed, 6),
         span=policy.span,
         holdout=f"epsilon infinity per {policy.unit}: read with test noise" if unbounded else policy.promise(HOLDOUT),
-        holdout_share_used=_share_used(held_out, policy, HOLDOUT),
+        holdout_share_used=books.share_used(name, HOLDOUT),
         holdout_reads=_names(held_out),
     )
 

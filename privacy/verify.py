@@ -184,6 +184,7 @@ def _spending(case: Case) -> dict[str, AuditReport]:
             streams[name] = recompute(name, rows, policies.get(name, {}))
         except LedgerBroken as error:
             raise ExportBroken(f"{ROWS}: a line is a row: {error}") from None
+        _windows(rows, policies.get(name, {}))
         for found in streams[name].blocks:
             for share, whose in ((found.share_used, TRAIN), (found.holdout_share_used, HOLDOUT)):
                 if not share <= 1.0:
@@ -197,6 +198,23 @@ def _spending(case: Case) -> dict[str, AuditReport]:
         f"fullest filter is used"
     )
     return streams
+
+
+def _windows(rows: Iterable[LedgerRow], policies: Mapping[str, Policy]) -> None:
+    """Charges fall into the window of their time, and never into an earlier one than a charge before them."""
+    newest: dict[str, int] = {}
+    for row in rows:
+        if not row.charges:
+            continue
+        policy = policies[row.charges[0].block_id]
+        at = datetime.fromisoformat(row.at).timestamp()
+        expected = max(newest.get(policy.horizon, 0), policy.window_at(at)) if policy.days else 0
+        if row.window != expected or any(policies[c.block_id].horizon != policy.horizon for c in row.charges):
+            raise ExportBroken(
+                f"{ROWS} line {row.seq}: charged at {row.at} in window {row.window}, must be {expected} for the "
+                f"horizon {policy.horizon} of all its blocks; {ASK}"
+            )
+        newest[policy.horizon] = expected
 
 
 # -- rounds ------------------------------------------------------------------------------------------------------------
@@ -277,12 +295,12 @@ def _verdict(case: Case, round_id: str, papers: Papers, row: LedgerRow) -> None:
     require_same(where, "parent_sha256", body["parent_sha256"], papers.plan["parent_sha256"], "the plan")
     require_same(where, "base_sha256", body["base_sha256"], papers.plan["base_sha256"], "the plan")
     _ordered(where, "made_at", row.at, body["made_at"], f"{ROWS} line {row.seq}")
-    paid = {r.round_id for r in _of(case, HOLDOUT) if r.state == "committed"}
+    paid = {r.round_id for r in _of(case, HOLDOUT)} - {r.round_id for r in _of(case, HOLDOUT) if r.state == "cancelled"}
     for gate in body["gates"]:
         charge = gate.get("charge_id")
         if charge is not None and charge not in paid:
             raise ExportBroken(
-                f"{where}: gate {gate['name']} read the holdout as {charge}, which no committed row of {ROWS} paid for"
+                f"{where}: gate {gate['name']} read the holdout as {charge}, which no row of {ROWS} paid for"
             )
 
 

@@ -50,6 +50,7 @@ class World:
     papers: dict = field(default_factory=dict)
     versions: list = field(default_factory=list)
     anchors: list = field(default_factory=list)
+    gates: list = field(default_factory=lambda: [{"name": "better", "value": 0.25, "data": "public"}])
 
     def __post_init__(self):
         (self.root / "keys").mkdir(parents=True)
@@ -104,7 +105,7 @@ class World:
             "base_sha256": BASE,
             "outcome": outcome,
             "reasons": [],
-            "gates": [{"name": "better", "value": 0.25, "data": "public", "charge_id": None}],
+            "gates": self.gates,
             "gate_set": {"name": "g", "sha256": "e" * 64, "n": 100, "data": "public"},
             "made_at": now(),
         }

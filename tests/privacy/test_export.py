@@ -21,6 +21,7 @@ from privacy.case import GivenKey
 from privacy.chain import hash_of
 from privacy.errors import ExportBroken, SignatureError
 from privacy.export import ANCHORS, APPROVALS, BLOCKS, MANIFEST, ROWS, STATEMENT, VERSIONS, Papers, read
+from privacy.policy import Policy
 from privacy.receipts import make_receipt
 from privacy.signing import SigningKey
 from privacy.verify import make, verify, verify_folder
@@ -474,6 +475,39 @@ def test_spending_beyond_the_filter_is_found_though_every_hash_is_right(tmp_path
 
 def line_of(row):
     return canonical(json.loads(json.dumps(row.__dict__ | {"charges": [c.__dict__ for c in row.charges]}))) + b"\n"
+
+
+def test_windows_that_were_invented_are_found(tmp_path):
+    """Who may write rows could spread a budget over windows that never came."""
+    world = World(tmp_path / "w")
+    world.ledger.register_block("s", "b4", Policy("record", 8.0, 1e-5, horizon="1d").frozen(500))
+    world.reserve(make_plan("s-r1", 1, ["b4"], None))
+    rows = world.evidence().rows
+    verify(world.files(), world.given())
+    ahead = replace(rows[0], window=rows[0].window + 1)
+    with pytest.raises(
+        ExportBroken, match=rf"rows\.jsonl line 1: charged at .* must be {rows[0].window} for the horizon"
+    ):
+        world.files(rows=rechained([ahead]))
+    # A clock that goes back opens no window again.
+    late = replace(rows[0], at="2020-01-01T00:00:00Z", round_id="s-r2")
+    verify(world.files(rows=rechained([rows[0], late])), world.given())
+    with pytest.raises(ExportBroken, match="line 2: charged at 2020"):
+        world.files(rows=rechained([rows[0], replace(late, window=18262)]))
+    world.close()
+
+
+def test_private_evaluations_are_charged_to_the_holdout_and_told(tmp_path):
+    world = World(tmp_path / "w")
+    world.ledger.register_block("s", "b4", Policy("record", 8.0, 1e-5, holdout_evaluations=4).frozen(500))
+    world.ledger.reserve("s", "s-e1", 1, "a" * 64, [chain.Charge("b4", 1.0, 20.0, 1)], account="holdout")
+    world.gates = [{"name": "private", "data": "private", "charge_id": "s-e1"}]
+    world.round(1, ["b4"])
+    world.decide(1)
+    report = verify(world.files(), world.given())
+    assert report.streams["s"].blocks[3].holdout_reads == ("s-e1",)
+    assert b"epsilon 2, delta 1e-05 per record, for life; 1 paid evaluations" in world.files()[STATEMENT]
+    world.close()
 
 
 @pytest.mark.parametrize(
