@@ -178,7 +178,7 @@ def test_every_line_that_the_operator_drops_is_found(world, files, heads):
 )
 def test_every_file_that_the_operator_drops_is_found(world, files, path):
     changed = {name: content for name, content in files.items() if name != path}
-    with pytest.raises(ExportBroken):
+    with pytest.raises(ExportBroken, match=rf"{path}: is missing|must say passed"):
         verify(export.seal(changed, world.key("receipts")), world.given())
 
 
@@ -261,13 +261,13 @@ def test_a_stolen_retired_key_signs_nothing_new(tmp_path, purpose):
     thief = SigningKey.load_or_create(stolen)
     world.key = lambda asked: thief if asked == purpose else current(asked)
     world.round(2, ["b2"], parent=adapter(1))
-    world.decide(2, when="2026-01-01T00:00:00Z" if purpose == "approvals" else None)
+    world.decide(2)
     papers = dict(world.papers)
     if purpose == "verdicts":
         body = {k: v for k, v in papers["s-r2"].verdict.items() if k not in {"key_id", "signature"}}
         papers["s-r2"] = replace(papers["s-r2"], verdict=thief.sign(body))
     world.key = current
-    with pytest.raises(ExportBroken, match=r"retired (at row 3|before it was signed)|must not be before"):
+    with pytest.raises(ExportBroken, match="retired before it was" if purpose == "approvals" else "retired at row 3"):
         verify(world.files(rounds=papers), world.given())
     world.close()
 
@@ -318,6 +318,17 @@ def refused(world, match, **changes):
     with pytest.raises(ExportBroken, match=match) as told:
         verify(world.files(**changes), world.given())
     return str(told.value)
+
+
+@pytest.mark.parametrize("head", [0, 1, None])
+def test_a_receipt_whose_head_is_not_after_its_round_is_found(small, head):
+    """It would anchor nothing: neither its round's charge nor what came before."""
+    hashes = [chain.GENESIS, small.evidence().rows[1].hash]
+    forged = "e" * 64 if head is None else hashes[head]
+    receipt = signed_anew(small, "receipts", small.papers["s-r1"].receipt, ledger_head=forged)
+    anchors = tuple({**a, "ledger_head": forged} if a["round_id"] == "s-r1" else a for a in small.anchors)
+    changes = with_papers(small, "s-r1", receipt=receipt)
+    refused(small, "not before line 3 of ledger/rows", anchors=anchors if head == 1 else small.anchors, **changes)
 
 
 def test_a_better_epsilon_in_a_receipt_is_found(small):
@@ -387,6 +398,14 @@ def test_an_approval_without_a_verdict_or_a_version_is_found(small):
     refused(small, "desk version 1 is not in versions", versions=tuple(small.versions[1:]))
 
 
+def test_an_approval_of_an_adapter_without_a_receipt_is_found(small):
+    small.decide(1, adapter_sha256=adapter(9))
+    with pytest.raises(
+        ExportBroken, match=r"approvals\.jsonl line 2: adapter 9999999999999999 of version 1 has no receipt"
+    ):
+        verify(small.files(), small.given())
+
+
 def test_an_approval_before_the_verdict_is_found(tmp_path):
     world = World(tmp_path / "w")
     world.round(1, ["b1"])
@@ -423,6 +442,38 @@ def test_a_withdrawal_and_a_move_that_never_happened_are_followed(tmp_path):
     world.decide(1, kind="emergency", source="Archived")
     assert verify(world.files(), world.given())
     world.close()
+
+
+def test_a_statement_that_was_worded_otherwise_is_found(small):
+    files = small.files()
+    files[STATEMENT] = files[STATEMENT].replace(b"is (8, 1e-05)-diff", b"is (1, 1e-05)-diff")
+    with pytest.raises(ExportBroken, match=r"STATEMENT\.md line 9: is not what follows"):
+        verify(export.seal(files, small.key("receipts")), small.given())
+
+
+def test_a_commit_of_a_round_that_is_not_there_is_found(small):
+    anchors = (*small.anchors, {**small.anchors[1], "round_id": "s-r9"})
+    refused(small, r"anchors\.jsonl line 3: commit 2222.* names round s-r9", anchors=anchors)
+    other = ({**small.anchors[0], "adapter_sha256": adapter(9)}, small.anchors[1])
+    refused(small, r"anchors\.jsonl line 1: .*adapter_sha256 is 9999", anchors=other)
+
+
+def test_a_version_that_hides_its_round_or_stands_there_twice_is_found(small):
+    entry = small.versions[1]
+    tags = {name: value for name, value in entry["tags"].items() if name != "tidegate.round_id"}
+    hidden = (small.versions[0], {**entry, "tags": tags})
+    refused(small, r"versions\.jsonl line 2: its tag tidegate\.round_id must name the round", versions=hidden)
+    refused(small, "line 3: desk version 2 stands there twice", versions=(*small.versions, entry))
+    stranger = {**entry, "version": 3, "tags": {"tidegate.adapter_sha256": adapter(9)}, "stored_sha256": adapter(9)}
+    report = verify(small.files(versions=(*small.versions, stranger)), small.given())
+    assert "desk version 3: came out of no round of this ledger; not approved" in report.not_checked
+
+
+def test_the_newest_approval_dropped_is_found_by_its_copy_on_the_version(world):
+    assert world.evidence().approvals[-1]["kind"] == "rollback"
+    refused(
+        world, r"versions\.jsonl line 1: carries an approval that is not in", approvals=world.evidence().approvals[:-1]
+    )
 
 
 def test_a_version_in_production_that_nobody_signed_for_is_found(small):
@@ -535,6 +586,27 @@ def test_steps_out_of_order_are_found(small, states, says):
     ]
     with pytest.raises(ExportBroken, match=says):
         verify(small.files(rows=rechained([*rows, *new])), small.given())
+
+
+@pytest.mark.parametrize(
+    ("state", "change", "says"),
+    [
+        ("started", {"plan_hash": "b" * 64}, "not of the plan it began with"),
+        ("started", {"noise_source": "test"}, "not of the plan it began with"),
+        ("started", {"stream": "t"}, "not of the plan it began with"),
+        ("started", {"charges": (chain.Charge("b2", 0.1, 2.0, 1),)}, "charges stand in reserved rows"),
+        ("reserved", {"charges": ()}, "charges stand in reserved rows"),
+        ("reserved", {"noise_source": "none"}, "of system or test noise"),
+    ],
+)
+def test_an_attempt_that_changes_under_way_is_found(small, state, change, says):
+    rows = small.evidence().rows
+    first = replace(rows[0], round_id="s-x1", plan_hash="a" * 64)
+    new = replace(rows[1], **{"round_id": "s-x1", "plan_hash": "a" * 64, **change})
+    added = [first, new] if state == "started" else [replace(first, **change)]
+    files = {**small.files(), ROWS: b"".join(map(line_of, rechained([*rows, *added])))}
+    with pytest.raises(ExportBroken, match=says):
+        verify(export.seal(files, small.key("receipts")), small.given())
 
 
 def test_caps_that_are_not_those_of_the_policy_are_found(small):
