@@ -226,6 +226,30 @@ def test_a_key_counts_for_its_purpose_alone(world, files):
     assert not any(line.startswith("what for:") for line in verify(files, world.given()).not_checked)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"key_id": "7" * 16}, "line 1: its id or purpose"),
+        ({"fingerprint": "7" * 64}, "line 1: its id or purpose"),
+        ({"purpose": "answers"}, "line 1: its id or purpose"),
+        ({"valid_from": "2020-01-01T00:00:00Z"}, "line 1: its validity must be"),
+        ({"valid_until": ""}, "line 1: its validity must be"),
+    ],
+)
+def test_a_list_of_keys_that_says_otherwise_is_found(world, change, says):
+    keys = world.evidence().keys
+    refused(world, rf"keys/keys\.jsonl {says}", keys=({**keys[0], **change}, *keys[1:]))
+    refused(world, r"keys/keys\.jsonl: key \w+ is missing", keys=keys[1:])
+
+
+def test_a_rotation_anchors_the_rows_before_it(tmp_path):
+    world = World(tmp_path / "w")
+    world.reserve(make_plan("s-r1", 1, ["b1"], None))
+    world.rotate("verdicts")
+    refused(world, r"rotations\.jsonl: rotation 1 of verdicts names heads that are in no chain", rows=())
+    world.close()
+
+
 def test_only_the_newest_key_vouches_for_nothing_older(world, files):
     newest = world.key("verdicts").public.fingerprint
     with pytest.raises(ExportBroken, match=r"rounds/s-r1/verdict\.json.*not trusted"):
@@ -361,18 +385,45 @@ def test_another_plan_than_was_charged_is_found(small, change):
     refused(small, r"rounds/s-r1/plan\.json: its hash", **with_papers(small, "s-r1", plan=plan))
 
 
-def test_a_plan_that_asks_for_more_than_was_charged_is_found(tmp_path):
+@pytest.mark.parametrize(
+    ("planned", "charged", "says"),
+    [
+        ({}, {"sigma": 20.0}, "charges"),
+        ({"blocks": [{"id": "b1", "q": 0.25}, {"id": "b2", "q": 0.25}]}, {}, "charges"),
+        ({"stream": "t"}, {}, "stream is t"),
+        ({}, {"noise_source": "test"}, "noise_source is system"),
+    ],
+)
+def test_a_plan_that_says_other_than_was_charged_is_found(tmp_path, planned, charged, says):
+    """The hash in the row is that of the plan: the row itself was wrong from the start."""
     world = World(tmp_path / "w")
-    plan = make_plan("s-r1", 1, ["b1"], None)
-    cheap = {**plan, "sigma": 20.0}
-    world.ledger.reserve("s", "s-r1", 1, sha256_of(plan), [chain.Charge("b1", 0.25, cheap["sigma"], 30)])
-    world.ledger.start("s-r1", 1, sha256_of(plan))
-    world.ledger.commit("s-r1", 1, sha256_of(plan), adapter(1))
-    receipt = make_receipt(plan_hash=sha256_of(plan), adapter_sha256=adapter(1), ledger_head=world.ledger.head(),
+    plan = make_plan("s-r1", 1, ["b1"], None) | planned
+    name = ("s-r1", 1, sha256_of(plan))
+    charges = [chain.Charge("b1", 0.25, charged.get("sigma", plan["sigma"]), 30)]
+    world.ledger.reserve("s", *name, charges, noise_source=charged.get("noise_source", "system"))
+    world.ledger.start(*name)
+    world.ledger.commit(*name, adapter(1))
+    receipt = make_receipt(plan_hash=name[2], adapter_sha256=adapter(1), ledger_head=world.ledger.head(),
                            unit="record", epsilon=8.0, delta=1e-5, signer=world.key("receipts"))  # fmt: skip
-    with pytest.raises(ExportBroken, match=r"rounds/s-r1/plan\.json: charges"):
+    with pytest.raises(ExportBroken, match=rf"rounds/s-r1/plan\.json: {says}"):
         verify(world.files(rounds={"s-r1": Papers(plan, receipt)}), world.given())
     world.close()
+
+
+@pytest.mark.parametrize(
+    ("paper", "change"),
+    [
+        ("receipt", {"plan_hash": "7" * 64}),
+        ("receipt", {"adapter_sha256": "7" * 64}),
+        ("verdict", {"parent_sha256": "7" * 64}),
+        ("verdict", {"base_sha256": "7" * 64}),
+        ("verdict", {"made_at": "2020-01-01T00:00:00Z"}),
+    ],
+)
+def test_papers_about_something_else_are_found(small, paper, change):
+    signed = signed_anew(small, f"{paper}s", getattr(small.papers["s-r1"], paper), **change)
+    says = rf"rounds/s-r1/{paper}\.json: {next(iter(change))} is (7777|2020)"
+    refused(small, says, **with_papers(small, "s-r1", **{paper: signed}))
 
 
 def test_an_approval_of_what_failed_is_found(small):
@@ -429,6 +480,15 @@ def test_a_rollback_to_what_was_never_live_is_found(small):
         verify(small.files(), small.given())
 
 
+def test_a_rejection_that_was_dropped_is_found(small):
+    small.decide(2, kind="reject", to="Archived")
+    small.decide(1, kind="rollback", source="Archived")
+    first, _, third = small.evidence().approvals
+    refused(small, r"approvals\.jsonl line 2: seq=3, must be 2", approvals=(first, third))
+    renumbered = signed_anew(small, "approvals", third, seq=2)
+    refused(small, r"approvals\.jsonl line 2: seq=2, must be 2 and follow", approvals=(first, renumbered))
+
+
 def test_a_withdrawal_and_a_move_that_never_happened_are_followed(tmp_path):
     world = World(tmp_path / "w")
     world.round(1, ["b1"])
@@ -454,6 +514,9 @@ def test_a_statement_that_was_worded_otherwise_is_found(small):
 def test_a_commit_of_a_round_that_is_not_there_is_found(small):
     anchors = (*small.anchors, {**small.anchors[1], "round_id": "s-r9"})
     refused(small, r"anchors\.jsonl line 3: commit 2222.* names round s-r9", anchors=anchors)
+    for name, which in (("ledger_head", "ledger"), ("approvals_head", "approvals")):
+        ahead = ({**small.anchors[0], name: "7" * 64}, small.anchors[1])
+        refused(small, f"line 1: commit 1111.*: head 7777777777777777 is not in the {which} chain", anchors=ahead)
     other = ({**small.anchors[0], "adapter_sha256": adapter(9)}, small.anchors[1])
     refused(small, r"anchors\.jsonl line 1: .*adapter_sha256 is 9999", anchors=other)
 
@@ -489,6 +552,14 @@ def test_a_tag_that_differs_from_what_was_signed_is_found(small, name):
     versions = ({**entry, "tags": {**entry["tags"], f"tidegate.{name}": "7"}}, small.versions[1])
     # An approved version without the right adapter is nobody's; else the tag is named.
     refused(small, f"tag tidegate.{name} is 7|nobody signed", versions=versions)
+
+
+@pytest.mark.parametrize("name", ["plan", "receipt", "verdict"])
+def test_a_tag_with_another_paper_than_the_rounds_is_found(small, name):
+    entry = small.versions[0]
+    tags = {**entry["tags"], f"tidegate.{name}": small.versions[1]["tags"][f"tidegate.{name}"]}
+    versions = ({**entry, "tags": tags}, small.versions[1])
+    refused(small, f"tag tidegate.{name} is that of the round is False", versions=versions)
 
 
 def test_a_stored_adapter_that_was_exchanged_is_found(small):
