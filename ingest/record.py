@@ -10,9 +10,9 @@ import json
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from ingest.errors import SettingError
 
@@ -27,7 +27,7 @@ ATTRIBUTE_BYTES_MAX: Final = 512
 # One message can break many rules; headers of a dead letter stay bounded.
 REASONS_MAX: Final = 8
 
-_RFC3339 = re.compile(r"\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(\.\d{1,9})?([Zz]|[+-]\d{2}:\d{2})\Z")
+_RFC3339 = re.compile(r"\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(\.\d{1,9})?([Zz]|[+-]\d{2}:[0-5]\d)\Z")
 
 
 # UTF-8 needs at most so many bytes for a character.
@@ -35,7 +35,8 @@ _CHARACTER_BYTES_MAX: Final = 4
 
 
 def _short(text: str, bytes_max: int) -> str:
-    if len(text) * _CHARACTER_BYTES_MAX > bytes_max and len(text.encode()) > bytes_max:
+    # Encoded whatever its length: pydantic lets lone surrogates through where a text has no bound of its own.
+    if len(text.encode()) > bytes_max:
         raise ValueError("too_long")
     return text
 
@@ -77,7 +78,8 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    schema_version: Literal[1] = 1
+    # Not a Literal: to that true and 1.0 are 1 too.
+    schema_version: Annotated[int, Field(ge=SCHEMA_VERSION, le=SCHEMA_VERSION)] = SCHEMA_VERSION
     event_id: _Id
     user_id: _Id
     domain: _Id
@@ -182,6 +184,7 @@ def _decode(value: bytes | None) -> Any | Reason:
 
 
 _BAD_TEXT: Final = ("bad_text", "not valid Unicode (lone surrogate); must be text")
+_BAD_VERSION: Final = ("schema_version", f"unknown version; must be {SCHEMA_VERSION}")
 # pydantic's error type: (our code, what the contract asks)
 _RULES: Final[Mapping[str, tuple[str, str]]] = {
     "missing": ("missing", "missing; the contract requires it"),
@@ -189,7 +192,9 @@ _RULES: Final[Mapping[str, tuple[str, str]]] = {
     "dict_type": ("wrong_type", "wrong type; must be an object of strings"),
     "string_unicode": _BAD_TEXT,
     "string_too_short": ("empty", "empty; must hold at least one character"),
-    "literal_error": ("schema_version", f"unknown version; must be {SCHEMA_VERSION}"),
+    "int_type": _BAD_VERSION,
+    "greater_than_equal": _BAD_VERSION,
+    "less_than_equal": _BAD_VERSION,
     "too_long": ("too_long", ""),
     "too_many": ("too_many", f"too many entries; must be at most {ATTRIBUTES_MAX}"),
     "bad_time": ("bad_time", "not an RFC 3339 time with a zone, such as 2026-01-31T12:00:00Z"),
@@ -206,16 +211,16 @@ def _explain(error: ValidationError) -> tuple[Reason, ...]:
     reasons: dict[tuple[str, str], Reason] = {}
     for item in error.errors(include_url=False, include_input=False):
         kind = item["type"]
+        # A key that is no valid Unicode has no place of its own.
+        field = str(item["loc"][0]) if item["loc"] else ""
         if kind == "extra_forbidden":
             # The key itself may be somebody's data: it is not named.
             reason = Reason("unknown_key", "", "a key the contract does not have")
         elif kind == "value_error":
             cause = str(item["ctx"]["error"])
-            field = str(item["loc"][0])
             code, message = _RULES.get(cause, ("bad_text", "not valid Unicode (lone surrogate); must be text"))
             reason = Reason(code, field, message or _too_long(field))
         else:
-            field = str(item["loc"][0])
             code, message = _RULES.get(kind, ("wrong_type", "wrong type"))
             reason = Reason(code, field, message)
         reasons.setdefault((reason.code, reason.field), reason)

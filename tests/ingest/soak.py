@@ -136,9 +136,10 @@ def _child(world: World, plan: Plan | None, idle_s: float, tell: Connection) -> 
 class _Life:
     """What becomes of one child, as its plan has it."""
 
-    def __init__(self, plan: Plan | None, child: Any, taken_over: Callable[[float, int], bool]) -> None:
+    def __init__(self, plan: Plan | None, child: Any, taken_over: Callable[[float, set[int]], bool]) -> None:
         self.plan, self.child, self.taken_over = plan, child, taken_over
         self.refused = False
+        self.holds: set[int] = set()
         self._kill_at: float | None = None
         self._stopped_at: float | None = None
         self._woken = False
@@ -153,13 +154,17 @@ class _Life:
             self._kill_at = None
         if self._stopped_at is not None:
             self._heard_at = now
-            if self.taken_over(self._stopped_at, self.child.pid):
+            if self.taken_over(self._stopped_at, self.holds):
                 os.kill(self.child.pid, signal.SIGCONT)
                 self._stopped_at, self._woken, self._kill_at = None, True, now + 30.0
         return now - self._heard_at
 
     def hear(self, name: str, facts: Mapping[str, Any]) -> None:
         self._heard_at = now = time.monotonic()
+        if name == "taken":
+            self.holds |= set(facts["offsets"])
+        elif name in {"lost", "resumed"}:
+            self.holds -= set(facts.get("partitions", self.holds))
         if self.plan is None:
             return
         self._seen += name == self.plan.step
@@ -180,7 +185,7 @@ class Soak:
         self.figures = Figures()
         self.lock = threading.Lock()
         self.one_zombie = threading.Lock()
-        self.taken: list[tuple[float, int]] = []
+        self.taken: list[tuple[float, set[int]]] = []
         self.made = 0
         self.written = 0
         self.sealed = 0
@@ -285,18 +290,17 @@ class Soak:
                 self.figures.zombie_refused += refused
         return killed if plan is not None else code == 0
 
-    def _taken_over(self, since: float, pid: int) -> bool:
-        """Whether another process has taken partitions since; long after which waiting makes no sense."""
-        session_over = since + 10.0
+    def _taken_over(self, since: float, partitions: set[int]) -> bool:
+        """Whether others have taken one of these partitions since; or whether waiting makes no more sense."""
         with self.lock:
-            taken = any(at > session_over and by != pid for at, by in self.taken)
+            taken = any(at > since and partitions & others for at, others in self.taken)
         return taken or time.monotonic() > since + TAKEOVER_SECONDS_MAX
 
     def _hear(self, name: str, facts: Mapping[str, Any], pid: int) -> None:
         with self.lock:
             self.steps[name] += 1
             if name == "taken":
-                self.taken.append((time.monotonic(), pid))
+                self.taken.append((time.monotonic(), set(facts["offsets"])))
             elif name == "sealed":
                 self.sealed += facts["offsets"]
             elif name == "refused":
