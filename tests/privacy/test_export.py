@@ -762,6 +762,50 @@ def test_what_is_no_export_is_named(world, files, tmp_path):
         verify_folder(tmp_path / "sent", world.given())
 
 
+@pytest.mark.parametrize("change", [{"kind": "receipt"}, {"format": 2}, {"files": []}, {"files": None}])
+def test_a_signed_value_that_is_no_manifest_is_refused(small, change):
+    signed = signed_anew(small, "receipts", json.loads(small.files()[MANIFEST]), **change)
+    with pytest.raises(ExportBroken, match=r"MANIFEST\.json line 1: (kind=|names no files)"):
+        verify({**small.files(), MANIFEST: canonical(signed) + b"\n"}, small.given())
+    spaced = json.dumps(json.loads(small.files()[MANIFEST])).encode() + b"\n"
+    with pytest.raises(ExportBroken, match=r"MANIFEST\.json line 1: must be one JSON object in canonical form"):
+        verify({**small.files(), MANIFEST: spaced}, small.given())
+
+
+def test_files_that_are_missing_or_belong_to_nothing_are_named(small):
+    files = small.files()
+    with pytest.raises(ExportBroken, match=r"approvals\.jsonl: is missing, the manifest names it"):
+        verify({name: content for name, content in files.items() if name != APPROVALS}, small.given())
+    for name in ("notes.txt", "rounds/s-r1/seed.json", "rounds/ /plan.json", "rounds/s-r1/deep/plan.json"):
+        with pytest.raises(ExportBroken, match=f"{name}: no such file belongs to an export"):
+            verify(export.seal({**files, name: b"{}\n"}, small.key("receipts")), small.given())
+    with pytest.raises(ExportBroken, match="is no export"):
+        verify({}, small.given())
+
+
+def test_lines_have_one_spelling(small):
+    files, plan = small.files(), "rounds/s-r1/plan.json"
+    version = json.loads(files[VERSIONS].splitlines()[1])
+    first = files[VERSIONS].splitlines(keepends=True)[0]
+
+    def versions(**change):
+        return first + canonical({**version, **change}) + b"\n"
+
+    for path, content, says in (
+        (ROWS, files[ROWS][:-1], "its last line has no end"),
+        (ROWS, files[ROWS].replace(b'"attempt":1', b'"attempt": 1', 1), "line 1: must be one JSON object in canonical"),
+        (ROWS, b"[]\n" + files[ROWS], "line 1: must be one JSON object"),
+        (ROWS, files[ROWS].replace(b'"q":0.25', b'"q":2.25', 1), "line 1: is no row of a ledger"),
+        (plan, files[plan] * 2, "holds 2 lines, must be one"),
+        (VERSIONS, versions(tags={**version["tags"], "note": "x"}), "line 2: must have tags that begin with tidegate"),
+        (VERSIONS, versions(tags={"tidegate.state": 1}), "line 2: must have model, version"),
+        (VERSIONS, versions(more=1), "line 2: must have model, version"),
+        (VERSIONS, versions(version="2"), "line 2: must have model, version"),
+    ):
+        with pytest.raises(ExportBroken, match=f"{path}:? {says}"):
+            verify(export.seal({**files, path: content}, small.key("receipts")), small.given())
+
+
 def test_values_of_other_shapes_are_refused_and_not_crashed_on(world, files):
     """The operator may write any JSON: whatever it is, it is named in one line."""
     numbers, given = random.Random(5), world.given()
