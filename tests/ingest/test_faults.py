@@ -92,16 +92,16 @@ def test_a_ref_that_names_nothing_is_one_line(world: World, ref: str) -> None:
 # ── locks of processes that are dead
 
 
-@pytest.mark.parametrize("ref", [lane_ref(LANE), OWNER_REFS + STREAM])
-def test_an_old_lock_of_a_ref_does_not_stop_ingest(world: World, ref: str) -> None:
+def test_old_locks_of_refs_do_not_stop_ingest(world: World) -> None:
     put(world.settings, world.topic, [line(i) for i in range(20)])
     world.ingest()
-    lock = world.root / "data" / ".git" / f"{ref}.lock"
-    lock.touch()
-    os.utime(lock, (time.time() - 3600,) * 2)
+    locks = [world.root / "data" / ".git" / f"{ref}.lock" for ref in (lane_ref(LANE), OWNER_REFS + STREAM)]
+    for lock in locks:
+        lock.touch()
+        os.utime(lock, (time.time() - 3600,) * 2)
     put(world.settings, world.topic, [line(i) for i in range(20, 40)])
     world.ingest()
-    assert not lock.exists()
+    assert not any(lock.exists() for lock in locks)
     assert world.check_history() == {"block": 40}
 
 
@@ -122,7 +122,7 @@ def test_a_young_lock_is_waited_for_then_told_with_the_way_out(world: World, mon
     assert world.check_history() == {"block": 40}
 
 
-@pytest.mark.parametrize("content", ['{"blocks": {"write": {"pid": 999999, "cmd": "dvc add"}}}', '{"blo', ""])
+@pytest.mark.parametrize("content", ['{"blocks": {"write": {"pid": 999999, "cmd": "dvc add"}}}', '{"blo'])
 def test_locks_of_a_killed_dvc_do_not_stop_ingest(world: World, content: str) -> None:
     put(world.settings, world.topic, [line(i) for i in range(20)])
     world.ingest()
@@ -168,18 +168,7 @@ def test_a_full_disk_stops_ingest_with_one_line_and_loses_nothing(
     done = 0
     stopped = []
     # Each level is met by another step: the index, the files of the block, DVC's cache, git's objects and refs.
-    for left_bytes in (
-        0,
-        16 << 10,
-        80 << 10,
-        240 << 10,
-        320 << 10,
-        360 << 10,
-        400 << 10,
-        440 << 10,
-        480 << 10,
-        560 << 10,
-    ):
+    for left_bytes in (0, 80 << 10, 320 << 10, 400 << 10, 560 << 10):
         put(world.settings, topic, [line(i, prompt=os.urandom(300).hex()) for i in range(done, done + 500)])
         done += 500
         filler = _fill(small_disk, left_bytes)
@@ -190,7 +179,7 @@ def test_a_full_disk_stops_ingest_with_one_line_and_loses_nothing(
         finally:
             filler.unlink()
         world.ingest()
-    assert len(stopped) >= 4
+    assert len(stopped) >= 3
     assert all(isinstance(error, DiskFull) for error in stopped), [str(error) for error in stopped]
     assert not any("\n" in str(error) for error in stopped)
     assert all("make room" in str(error) and str(small_disk) in str(error) for error in stopped)

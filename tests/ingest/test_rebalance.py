@@ -194,6 +194,7 @@ def test_members_share_join_and_leave_and_what_does_not_move_is_kept(group: Grou
     assert not group.world.repo.ownership(STREAM).read().held_by("desk-0")
 
 
+@pytest.mark.slow  # the small soak stops and wakes one too
 def test_a_zombie_is_refused_and_starts_over(group: Group) -> None:
     """It holds a block that is written and added when it falls asleep; its successor reads the same messages."""
     zombie = group.join(hold=Step.ADDED)
@@ -217,7 +218,7 @@ def test_a_zombie_is_refused_and_starts_over(group: Group) -> None:
     assert group.world.check_history() == {"block": 80}
 
 
-@pytest.mark.parametrize("step", [Step.POLLED, Step.CLAIMED, Step.WRITTEN, Step.ADDED])
+@pytest.mark.parametrize("step", [Step.POLLED, Step.ADDED])
 def test_a_zombie_at_any_step_is_refused_where_another_lane_took_its_partitions(
     tmp_path: Path, apache_kafka: ApacheKafka, topic: str, step: Step
 ) -> None:
