@@ -17,6 +17,10 @@ from ingest.errors import BrokerError, DataCorrupt, DiskFull, RepositoryError
 from ingest.layout import POINTER, lane_ref
 from ingest.manifest import Manifest
 from ingest.ownership import OWNER_REFS
+from ingest.parquet import write_rejects, write_rows
+from ingest.repository import DataRepository
+from ingest.seen import SeenIndex
+from tests.ingest.blocks import record, seal
 from tests.ingest.world import LANE, STREAM, World, line, put
 from tests.kafka_servers import ApacheKafka, missing
 
@@ -159,6 +163,39 @@ def _fill(folder: Path, left_bytes: int) -> Path:
     with filler.open("wb") as file:
         file.write(bytes(max(room.f_bavail * room.f_frsize - left_bytes, 0)))
     return filler
+
+
+def test_each_part_names_a_full_disk(small_disk: Path) -> None:
+    repo = DataRepository.init(small_disk / "data", remote=str(small_disk / "remote"))
+    # Content that does not compress, more than what is left.
+    ones = [record(i, prompt=os.urandom(3000).hex()) for i in range(100)]
+    rows = [(0, i, one) for i, one in enumerate(ones)]
+    found = [(os.urandom(16), os.urandom(16), 0, i) for i in range(20_000)]
+    with repo.lane("s", "s-0") as lane, SeenIndex(small_disk / "seen.sqlite3") as index:
+        write_rows(lane.folder(1) / "train.parquet", rows)
+        filler = _fill(small_disk, 64 << 10)
+        parts: list[Callable[[], object]] = [
+            lambda: write_rows(small_disk / "a" / "train.parquet", rows),
+            lambda: write_rejects(small_disk / "b" / "rejects.parquet", [(0, 0, os.urandom(1 << 20))]),
+            lambda: index.claim("i", [], found),
+            lambda: repo.git.commit("refs/heads/x", None, "large", files={"x": os.urandom(1 << 20)}),
+            lambda: repo.commit_files({"y": os.urandom(1 << 20)}, "large"),
+        ]
+        for part in parts:
+            with pytest.raises(DiskFull, match="make room") as caught:
+                part()
+            assert "\n" not in str(caught.value)
+        filler.unlink()
+        filler = _fill(small_disk, 0)
+        with pytest.raises(DiskFull, match="make room"):
+            lane._shelf(1).add(lane.folder(1))
+        with pytest.raises(DiskFull, match="make room"):
+            repo.lane("s", "s-1")
+        filler.unlink()
+        # Nothing of it is held against them later.
+        assert index.claim("i", [], found) == {}
+        lane.recover()
+        assert seal(lane, lane.head(), ones, 0).seq_next == 2
 
 
 def test_a_full_disk_stops_ingest_with_one_line_and_loses_nothing(

@@ -27,7 +27,7 @@ from tests.kafka_servers import ApacheKafka
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value will soon:DeprecationWarning")
 
-USERS, EVENTS = ("ann", "bob", "cid"), ("1", "2", "3")
+USERS, EVENTS = ("ann", "bob", "cid"), ("1", "2", "3", "4", "5")
 Where = tuple[int, int]
 Fate = tuple[object, ...]
 
@@ -74,7 +74,7 @@ class Unit:
 
 KINDS = ("good", "good", "good", "other", "third", "undeclared", "blank", "unknown", "torn")
 SENT = st.builds(Sent, st.sampled_from(USERS), st.sampled_from(EVENTS), st.sampled_from(KINDS))
-TOPICS = st.lists(st.lists(SENT, max_size=12), min_size=1, max_size=3)
+TOPICS = st.lists(st.lists(SENT, max_size=16), min_size=1, max_size=3)
 UNITS = st.builds(Unit, st.sampled_from(USERS), st.sampled_from(EVENTS) | st.none())
 
 
@@ -164,7 +164,7 @@ def _others(topic: Sequence[Sequence[Sent]], unit: Unit) -> set[Where]:
 
 
 @settings(max_examples=150)
-@given(TOPICS, UNITS, st.integers(1, 5), st.integers(1, 3), st.sets(st.integers(2, 12), max_size=3))
+@given(TOPICS, UNITS, st.integers(1, 16), st.integers(1, 3), st.sets(st.integers(2, 12), max_size=3))
 def test_one_unit_more_or_less_changes_nobody_elses_fate(
     topic: list[list[Sent]], unit: Unit, span: int, per_user: int, deaths: set[int]
 ) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from ingest.broker import TopicWriter, ensure_topic
+from ingest.broker import Message, TopicReader, TopicWriter, ensure_topic
+from ingest.ingester import Batch
 from ingest.manifest import Manifest
 from ingest.steps import Step
 from tests.ingest.blocks import manifest_of
@@ -292,3 +293,36 @@ def test_a_member_that_dies_with_a_claim_leaves_its_record_to_the_next(group: Gr
     assert group.world.check_history() == {"block": 1, "duplicate": 1}
     (dead,) = {facts["lane"] for facts in ones[0].facts("resumed")}
     assert dead not in {manifest.lane for manifest in group.world.repo.manifests(STREAM)}
+
+
+def test_partitions_given_before_it_is_asked_for_them_are_read_from_their_beginning(
+    tmp_path: Path, apache_kafka: ApacheKafka, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rebalance ends between two looks at it: what the consumer has then is told as given once more."""
+    world = World(tmp_path, apache_kafka.settings, topic).make()
+    ensure_topic(world.settings, topic, 2)
+    Group(world).send(range(150))
+    real = TopicReader.assigned
+
+    def assigned(reader: TopicReader) -> set[int]:
+        end = time.monotonic() + PATIENCE_SECONDS
+        while len(real(reader)) < 2:
+            assert time.monotonic() < end
+            reader._consumer.poll(timeout_ms=100)
+        return real(reader)
+
+    monkeypatch.setattr(TopicReader, "assigned", assigned)
+    world.ingest()
+    assert world.check_history() == {"block": 150}
+
+
+def test_messages_of_a_partition_that_was_just_taken_away_do_not_stay_without_their_span() -> None:
+    batch = Batch()
+    batch.gain({0: 0, 1: 0})
+    messages = [Message(p, offset, None, b"", (), 0) for p in (0, 1) for offset in range(3)]
+    # Partition 1 has no position any more: a rebalance took it between the poll and the question.
+    assert batch.take(messages, {0: 3})
+    assert [(m.partition, m.offset) for m in batch.messages] == [(0, 0), (0, 1), (0, 2)]
+    assert [(part.start, part.end) for part in batch.ranges()] == [(0, 3), (0, 0)]
+    batch.lose({0})
+    assert (batch.span, batch.messages, batch.began) == (0, [], None)

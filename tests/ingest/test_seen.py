@@ -332,18 +332,20 @@ def test_claims_on_an_index_that_was_made_anew_are_refused(path: Path) -> None:
         assert fences == ["one"]
         spans = _spans((0, 0, 9))
         one.claim("i1", spans, [_found(A, 0, 3)])
-        _block_of(repo, "s-1", 1, "i1", spans, ((0, 3, A),))
-        repo.blocks["s-1"][0].seq = 1
+        _block_of(repo, "s-1", 1, "i1", _spans((1, 0, 1)), ((1, 0, A),))
         with sqlite3.connect(path) as db:
             db.execute("INSERT INTO block VALUES ('s-9', 3, 'of another history')")
         db.close()
         two.reconcile(repo, "s", lambda: fences.append("two"))
         assert fences == ["one", "two"]
         # Its settling is of claims that are gone: nothing is said to be known that is not.
+        _block_of(repo, "s-0", 1, "i1", spans, ((0, 3, B),))
         _settle(one, spans)
         with pytest.raises(LaneConflict, match="made anew"):
             one.claim("i1", spans, [])
-        assert two.claim("i1", _spans((1, 0, 9)), [_found(A, 1, 3)]) == {0: digest_of(_record(A))}
+        assert two.reconcile(repo, "s", lambda: fences.append("two")) == 1
+        assert set(two.claim("i1", _spans((1, 1, 9)), [_found(A, 1, 3), _found(B, 1, 4)])) == {0, 1}
+        assert fences == ["one", "two"]
 
 
 def _block_of(
