@@ -10,10 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 
+from learner.plan import BlockRate
+from privacy.accounting import rdp
 from privacy.randomness import RoundKey
-from tests.learner.resume_child import REFUSED
+from tests.learner.resume_child import REFUSED, private_records
 from tests.learner.rounds import plan
+from tests.tidegate.desk import STREAM, make_desk
+from tidegate import cycle
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
@@ -151,3 +156,54 @@ def test_other_data_in_a_round_of_its_own_gets_unrelated_randomness(rounds):
     contexts = {call["context"] for call in rounds.asked("other") if "context" in call}
     assert not contexts & {context for context, *_ in known(rounds, 1)}
     assert rounds.adapter("other") != rounds.adapter("whole-1")
+
+
+# -- what the ledger is told of it ------------------------------------------------------------------------------------
+
+
+class Crash(BaseException):
+    """Ends a round where no handler of errors stands in the way."""
+
+
+def crash_at(step):
+    def tell(what, done, of):
+        if (what, done) == ("train", step):
+            raise Crash
+
+    return tell
+
+
+@pytest.fixture
+def service(tmp_path, tiny):
+    desk = make_desk(tmp_path / "ws", tiny)
+    file = desk.root / "params.yaml"
+    params = yaml.safe_load(file.read_text())
+    params["streams"][STREAM]["privacy"]["attempts"] = 3
+    file.write_text(yaml.safe_dump(params, sort_keys=False))
+    return desk.service()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_an_interrupted_round_is_charged_once_and_other_data_is_a_new_attempt(service, tiny, monkeypatch, flip):
+    for name in ("b1", "b2"):
+        service.ledger.register_block(STREAM, name, service.policy(STREAM).frozen(100))
+    rates = (BlockRate(id="b1", q=0.3), BlockRate(id="b2", q=0.3))
+    made = plan(tiny, stream=STREAM, blocks=rates, sigma=2.0, noise_source="system", steps=4)
+    cycle._write(service.workspace.rounds(made.round_id) / "plan.json", made.as_json())
+    monkeypatch.setattr(cycle, "_records", lambda *_: private_records(flip=False))
+    with pytest.raises(Crash):
+        cycle._train(service, made, tiny, crash_at(1))  # one step, less than between two checkpoints
+    first = service.workspace.checkpoints(made.round_id, 1)
+    key = (first / cycle.KEY_FILE).read_bytes()
+    monkeypatch.setattr(cycle, "_records", lambda *_: private_records(flip=flip))
+    trained = cycle._train(service, made, tiny, lambda *_: None)
+    attempts = [(row.attempt, row.state) for row in service.ledger.rows(STREAM)]
+    once = rdp(0.3, 2.0, 4, service.policy(STREAM).orders)
+    if flip:
+        assert attempts == [(1, "reserved"), (1, "started"), (2, "reserved"), (2, "started"), (2, "committed")]
+    else:
+        assert attempts == [(1, "reserved"), (1, "started"), (1, "committed")]
+    assert trained.plan.attempt == (2 if flip else 1)
+    assert service.ledger.spent("b1") == pytest.approx([(2 if flip else 1) * r for r in once])
+    assert any(key)
+    assert not list(service.workspace.root.glob("checkpoints/**/*.key")), "no key outlives its attempt"
