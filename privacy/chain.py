@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -190,7 +191,12 @@ def _whole(value: object) -> str:
 @lru_cache(maxsize=100_000)
 def _mechanism_text(mechanism: Mechanism) -> str:
     q, sigma, steps = mechanism
-    return "," + canonical({"q": q, "sigma": sigma, "steps": steps}).decode("ascii")[1:]
+    return f',"q":{_number(q)},"sigma":{_number(sigma)},"steps":{_whole(steps)}}}'
+
+
+@lru_cache(maxsize=100_000)
+def _number(value: float) -> str:
+    return canonical(value).decode("ascii")
 
 
 # -- the chains --------------------------------------------------------------------------------------------------------
@@ -310,7 +316,8 @@ class _Columns:
         self._charges = _charges(db, None)
         self._own = _mechanisms(db, None)
         self._known = known
-        self._names = [row.block_id for row in blocks]
+        # Copies that lie side by side: a row names blocks of all ages, and the processor need not look far for them.
+        self._names = json.loads(json.dumps([row.block_id for row in blocks]))
         self._numbers: dict[Mechanism, int] = {}
         self._block: list[Indices] = []
         self._mechanism: list[Indices] = []
