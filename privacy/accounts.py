@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,84 +64,71 @@ class Shortfall:
     share_asked: float
 
 
-class _Purse(NamedTuple):
-    """Charges that add up: who pays (a block's number, or a stream whose users pay together), from which account."""
-
-    owner: int | str
-    account: str
-    horizon: str
-    orders: tuple[int, ...]
-
-
 class _Entry(NamedTuple):
-    """One charge: the block it names, its mechanism, whose budget, in which window."""
+    """One charge: its mechanism, whose budget, in which window, and of a user's charge the horizon of its block."""
 
-    block: int
-    q: float
-    sigma: float
-    steps: int
+    mechanism: Mechanism
     account: str
     window: int
+    horizon: str | None = None
 
 
-def read(db: sa.Connection, names: Iterable[str], now: float) -> dict[str, Account]:
+def read(db: sa.Connection, names: Iterable[str], now: float, facts: Facts) -> dict[str, Account]:
     """Accounts of the blocks that are known, by name.
 
     Args:
         db: an open transaction.
         names: ids of blocks.
         now: POSIX seconds, to know which window is the present one.
+        facts: what is known of the rows already.
     """
-    rows = {str(row.block_id): row for row in _blocks(db, list(names))}
-    policies = {name: policy_of(row.policy) for name, row in rows.items()}
-    present = {
-        (stream, policy.horizon): present_window(db, stream, policy, now)
-        for (stream, _), policy in {
-            (str(row.stream), policies[name].horizon): policies[name] for name, row in rows.items()
-        }.items()
-    }
-    users = {str(rows[name].stream) for name, policy in policies.items() if policy.unit == "user"}
-    entries: dict[int | str, list[_Entry]] = {}
-    horizons: dict[int, str] = {}
-    for stream in sorted(users):
-        entries[stream], horizons_of_users = _entries_of_users(db, stream)
-        horizons.update(horizons_of_users)
-    entries.update(_entries_of_blocks(db, [row.seq for name, row in rows.items() if policies[name].unit == "record"]))
-    purses: dict[str, tuple[_Purse, _Purse]] = {}
-    paid: dict[_Purse, list[Mechanism]] = {}
-    for name, policy in policies.items():
-        row = rows[name]
-        owner = str(row.stream) if policy.unit == "user" else int(row.seq)
-        first, second = (_Purse(owner, account, policy.horizon, policy.orders) for account in ACCOUNTS)
-        purses[name] = first, second
-        for purse in purses[name]:
-            if purse not in paid:
-                window = present[str(row.stream), policy.horizon]
-                paid[purse] = _counted(entries[owner], purse, window, horizons)
-    spent = _added(paid)
+    rows = _blocks(db, list(names))
+    policies = [policy_of(row.policy) for row in rows]
+    horizons = {(row.stream, policy.horizon): policy for row, policy in zip(rows, policies, strict=True)}
+    windows = {where: present_window(db, where[0], policy, now) for where, policy in horizons.items()}
+    users = {row.stream for row, policy in zip(rows, policies, strict=True) if policy.unit == "user"}
+    of_users = {stream: _entries_of_users(db, stream) for stream in sorted(users)}
+    of_blocks = facts.entries(db, [r.seq for r, policy in zip(rows, policies, strict=True) if policy.unit == "record"])
+    # A sum is what one block paid from one account, or what all users of a stream paid: (orders, charges).
+    sums: list[tuple[tuple[int, ...], list[Mechanism]]] = []
+    shared: dict[tuple[Any, ...], int] = {}
+    places: list[list[int]] = []
+    for row, policy in zip(rows, policies, strict=True):
+        window, at = windows[row.stream, policy.horizon], []
+        for account in ACCOUNTS:
+            able = account == TRAIN or policy.holdout_evaluations > 0
+            key = (row.stream, account, able, policy.horizon, policy.orders) if policy.unit == "user" else None
+            if key is None or key not in shared:
+                entries = of_users[row.stream] if policy.unit == "user" else of_blocks[row.seq]
+                sums.append((policy.orders, _counted(entries, account, policy.horizon, window) if able else []))
+                if key is not None:
+                    shared[key] = len(sums) - 1
+            at.append(len(sums) - 1 if key is None else shared[key])
+        places.append(at)
+    spent = _added(sums)
     return {
-        name: Account(name, str(row.stream), policies[name], *(spent[purse] for purse in purses[name]))
-        for name, row in rows.items()
+        row.block_id: Account(row.block_id, row.stream, policy, *(spent[place] for place in at))
+        for row, policy, at in zip(rows, policies, places, strict=True)
     }
 
 
-def _counted(entries: Sequence[_Entry], purse: _Purse, window: int, horizons: Mapping[int, str]) -> list[Mechanism]:
+def _counted(entries: Sequence[_Entry], account: str, horizon: str, window: int) -> list[Mechanism]:
     """What counts in a window. A user's charge under another horizon always does: it may fall into any window."""
     return [
-        (q, sigma, steps)
-        for block, q, sigma, steps, account, when in entries
-        if account == purse.account and (when == window or horizons.get(block, purse.horizon) != purse.horizon)
+        mechanism
+        for mechanism, whose, when, other in entries
+        if whose == account and (when == window or other not in {None, horizon})
     ]
 
 
-def _added(paid: Mapping[_Purse, Sequence[Mechanism]]) -> dict[_Purse, tuple[float, ...]]:
-    """Sums of prices, each in the order of its charges."""
-    found: dict[_Purse, tuple[float, ...]] = {}
-    for orders in {purse.orders for purse in paid}:
-        mine = [purse for purse in paid if purse.orders == orders]
+def _added(sums: Sequence[tuple[tuple[int, ...], Sequence[Mechanism]]]) -> dict[int, tuple[float, ...]]:
+    """Sums of prices, each in the order of its charges, by place in the list."""
+    found: dict[int, tuple[float, ...]] = {}
+    for orders in {orders for orders, _ in sums}:
+        mine = [at for at, (grid, _) in enumerate(sums) if grid == orders]
         numbers: dict[Mechanism, int] = {}
-        which = [numbers.setdefault(mechanism, len(numbers)) for purse in mine for mechanism in paid[purse]]
-        owner = np.repeat(np.arange(len(mine)), [len(paid[purse]) for purse in mine])
+        which = [numbers.setdefault(mechanism, len(numbers)) for at in mine for mechanism in sums[at][1]]
+        owner = np.repeat(np.arange(len(mine)), [len(sums[at][1]) for at in mine])
         prices = accounting.vectors(list(numbers), orders)
         total = accounting.totals(owner, np.array(which, np.int64), prices, len(mine))
         found.update(zip(mine, map(tuple, total.tolist()), strict=True))
@@ -171,13 +159,13 @@ def present_window(db: sa.Connection, stream: str, policy: Policy, now: float) -
     return max(int(db.execute(newest).scalar() or 0), policy.window_at(now))
 
 
-def require(db: sa.Connection, names: Sequence[str], now: float) -> dict[str, Account]:
+def require(db: sa.Connection, names: Sequence[str], now: float, facts: Facts) -> dict[str, Account]:
     """Accounts of these blocks.
 
     Raises:
         LedgerError: one is unknown.
     """
-    found = read(db, names, now)
+    found = read(db, names, now, facts)
     missing = [name for name in names if name not in found]
     if missing:
         raise LedgerError(f"block={', '.join(missing)}: unknown to the ledger; is it sealed and committed?")
@@ -185,7 +173,13 @@ def require(db: sa.Connection, names: Sequence[str], now: float) -> dict[str, Ac
 
 
 def shortfalls(
-    db: sa.Connection, charges: Sequence[Charge], now: float, *, account: str = TRAIN, stream: str | None = None
+    db: sa.Connection,
+    charges: Sequence[Charge],
+    now: float,
+    facts: Facts,
+    *,
+    account: str = TRAIN,
+    stream: str | None = None,
 ) -> tuple[list[Shortfall], int]:
     """Blocks whose filter has no order left for these charges, and the window in which the charges would fall.
 
@@ -195,7 +189,7 @@ def shortfalls(
     if account not in ACCOUNTS:
         raise LedgerError(f"account={account}: must be {' or '.join(ACCOUNTS)}")
     asked = {charge.block_id: charge for charge in charges}
-    accounts = require(db, list(asked), now)
+    accounts = require(db, list(asked), now, facts)
     _check_together(stream, asked, accounts)
     _check_account(account, accounts)
     some = next(iter(accounts.values()))
@@ -205,7 +199,7 @@ def shortfalls(
         _check_sides(others)
         able = [name for name, policy in others.items() if account == TRAIN or policy.holdout_evaluations]
         asked = dict.fromkeys(able, charges[0])
-        accounts = require(db, able, now)
+        accounts = require(db, able, now, facts)
     prices: dict[tuple[Mechanism, tuple[int, ...]], list[float]] = {}
     found = []
     for name, charge in asked.items():
@@ -266,10 +260,13 @@ def policy_of(text: str) -> Policy:
     return Policy.from_frozen(json.loads(text))
 
 
-def _blocks(db: sa.Connection, names: Sequence[str]) -> Iterable[Any]:
+def _blocks(db: sa.Connection, names: Sequence[str]) -> list[Any]:
+    columns = tables.blocks.c
+    found: list[Any] = []
     for part in tables.in_parts(names):
-        query = sa.select(tables.blocks).where(tables.blocks.c.block_id.in_(part))
-        yield from db.execute(query.order_by(tables.blocks.c.seq))
+        query = sa.select(columns.seq, columns.block_id, columns.stream, columns.policy)
+        found += db.execute(query.where(columns.block_id.in_(part)).order_by(columns.seq)).all()
+    return found
 
 
 def _user_blocks(db: sa.Connection, stream: str) -> dict[str, tuple[int, Policy]]:
@@ -279,38 +276,93 @@ def _user_blocks(db: sa.Connection, stream: str) -> dict[str, tuple[int, Policy]
     return {name: (seq, policy) for name, (seq, policy) in found.items() if policy.unit == "user"}
 
 
-def _paid() -> sa.Select[Any]:
-    """Charges with their mechanism, account and window, without those of cancelled attempts."""
+def _released() -> sa.Exists:
+    """Whether the attempt of a ledger's row was cancelled."""
     cancelled = sa.alias(tables.ledger)
-    released = sa.exists().where(
+    return sa.exists().where(
         cancelled.c.round_id == tables.ledger.c.round_id,
         cancelled.c.attempt == tables.ledger.c.attempt,
         cancelled.c.state == "cancelled",
     )
-    mechanisms, charges, ledger = tables.mechanisms.c, tables.charges.c, tables.ledger.c
-    return (
-        sa.select(charges.block, mechanisms.q, mechanisms.sigma, mechanisms.steps, ledger.account, ledger.window)
-        .join(tables.ledger, ledger.seq == charges.seq)
-        .join(tables.mechanisms, sa.and_(mechanisms.seq == charges.seq, mechanisms.number == charges.number))
-        .where(~released)
-        .order_by(charges.seq)
-    )
 
 
-def _entries_of_blocks(db: sa.Connection, blocks: Sequence[int]) -> dict[int | str, list[_Entry]]:
-    """What each block paid, in the order of the rows."""
-    found: dict[int | str, list[Any]] = {block: [] for block in blocks}
-    for part in tables.in_parts(blocks):
-        for entry in db.execute(_paid().where(tables.charges.c.block.in_(part))).all():
-            found[entry[0]].append(entry)
-    return found
+class Facts:
+    """What rows say about their charges, remembered from one question to the next: rows are added, never changed.
+
+    It holds for a chain that still has the newest row it knows, by number and hash: the rows before are then the same,
+    and only those after it can have cancelled something. Else, as when a backup was restored, all is forgotten.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._newest: tuple[int, str] | None = None
+        self._rows: set[int] = set()
+        self._entries: dict[tuple[int, int], _Entry] = {}  # by row and number of a mechanism
+        self._released: set[int] = set()
+
+    def entries(self, db: sa.Connection, blocks: Sequence[int]) -> dict[int, list[_Entry]]:
+        """What each block paid, in the order of the rows, without what cancelled attempts gave back."""
+        found: dict[int, list[_Entry]] = {block: [] for block in blocks}
+        with self._lock:
+            self._catch_up(db)
+            for part in tables.in_parts(blocks):
+                packed = list(tables.charges_by_block(db, part))
+                self._learn(db, sorted({seq for _, rows, _ in packed for seq in rows} - self._rows))
+                for block, rows, numbers in packed:
+                    charges = zip(rows, numbers, strict=True)
+                    found[block] = [self._entries[charge] for charge in charges if charge[0] not in self._released]
+        return found
+
+    def _catch_up(self, db: sa.Connection) -> None:
+        ledger = tables.ledger.c
+        if self._newest is not None:
+            seq, known = self._newest
+            if db.execute(sa.select(ledger.hash).where(ledger.seq == seq)).scalar() != known:
+                self._forget()
+        columns = (ledger.seq, ledger.hash, ledger.round_id, ledger.attempt, ledger.state)
+        if self._newest is None:
+            later = db.execute(sa.select(*columns).order_by(ledger.seq.desc()).limit(1)).all()
+        else:
+            later = db.execute(sa.select(*columns).where(ledger.seq > self._newest[0]).order_by(ledger.seq)).all()
+            for _, _, round_id, attempt, state in later:
+                if state == "cancelled":
+                    mine = sa.and_(ledger.round_id == round_id, ledger.attempt == attempt)
+                    self._released.update(db.execute(sa.select(ledger.seq).where(mine)).scalars())
+        if later:
+            self._newest = (later[-1].seq, later[-1].hash)
+
+    def _learn(self, db: sa.Connection, rows: Sequence[int]) -> None:
+        ledger, mechanisms = tables.ledger.c, tables.mechanisms.c
+        for part in tables.in_parts(rows):
+            query = sa.select(ledger.seq, ledger.account, ledger.window).where(ledger.seq.in_(part))
+            known = {seq: (account, window) for seq, account, window in db.execute(query).all()}
+            released = sa.select(ledger.seq).where(ledger.seq.in_(part), _released())
+            self._released.update(db.execute(released).scalars())
+            kinds = sa.select(mechanisms.seq, mechanisms.number, mechanisms.q, mechanisms.sigma, mechanisms.steps)
+            for seq, number, q, sigma, steps in db.execute(kinds.where(mechanisms.seq.in_(part))).all():
+                self._entries[seq, number] = _Entry((q, sigma, steps), *known[seq])
+            self._rows.update(known)
 
 
-def _entries_of_users(db: sa.Connection, stream: str) -> tuple[list[_Entry], dict[int, str]]:
-    """What users of a stream paid, in the order of the rows, and the horizon of each of their blocks.
+def _entries_of_users(db: sa.Connection, stream: str) -> list[_Entry]:
+    """What users of a stream paid, in the order of the rows.
 
     The blocks of a round have one mechanism, which a user pays once: the first charge stands for all.
     """
     horizons = {seq: policy.horizon for seq, policy in _user_blocks(db, stream).values()}
-    query = _paid().where(tables.ledger.c.stream == stream, tables.charges.c.position == 0)
-    return [_Entry(*entry) for entry in db.execute(query) if entry[0] in horizons], horizons
+    mechanisms, charges, ledger = tables.mechanisms.c, tables.charges.c, tables.ledger.c
+    query = (
+        sa.select(charges.block, mechanisms.q, mechanisms.sigma, mechanisms.steps, ledger.account, ledger.window)
+        .join(tables.ledger, ledger.seq == charges.seq)
+        .join(tables.mechanisms, sa.and_(mechanisms.seq == charges.seq, mechanisms.number == charges.number))
+        .where(ledger.stream == stream, charges.position == 0, ~_released())
+        .order_by(charges.seq)
+    )
+    return [
+        _Entry((q, sigma, steps), account, window, horizons[block])
+        for block, q, sigma, steps, account, window in db.execute(query)
+        if block in horizons
+    ]

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 import sqlalchemy as sa
+from numpy.typing import NDArray
 
 from privacy import accounting, tables
 from privacy.accounting import Indices, Mechanism
@@ -30,6 +31,7 @@ from privacy.canonical import canonical
 from privacy.errors import LedgerBroken, PrivacyError
 from privacy.policy import TRAIN
 
+Letters = NDArray[np.uint8]
 State = Literal["reserved", "started", "committed", "cancelled"]
 GENESIS = "0" * 64
 # Whole numbers beyond are not JSON (RFC 8785).
@@ -255,7 +257,7 @@ _ROW_FIELDS = [name for name in LedgerRow.__dataclass_fields__ if name != "charg
 
 def read_blocks(db: sa.Connection) -> list[BlockRow]:
     """All blocks, oldest first."""
-    return [BlockRow(*row) for row in db.execute(sa.select(*_BLOCK_COLUMNS).order_by(tables.blocks.c.seq))]
+    return [BlockRow(*row) for row in db.execute(sa.select(*_BLOCK_COLUMNS).order_by(tables.blocks.c.seq)).all()]
 
 
 def read_rows(db: sa.Connection, where: sa.ColumnElement[bool] | None = None) -> list[LedgerRow]:
@@ -317,7 +319,8 @@ class _Columns:
         self._own = _mechanisms(db, None)
         self._known = known
         # Copies that lie side by side: a row names blocks of all ages, and the processor need not look far for them.
-        self._names = json.loads(json.dumps([row.block_id for row in blocks]))
+        self._names: list[str] = json.loads(json.dumps([row.block_id for row in blocks]))
+        self._letters = _letters(self._names)
         self._numbers: dict[Mechanism, int] = {}
         self._block: list[Indices] = []
         self._mechanism: list[Indices] = []
@@ -355,8 +358,12 @@ class _Columns:
         runs = _runs(numbers, own)
         kinds = [self._numbers.setdefault(own[number], len(self._numbers)) for number, _, _ in runs]
         self._mechanism.append(np.repeat(np.array(kinds), [last - first for _, first, last in runs]))
+        tails = [_mechanism_text(own[number]) for number, _, _ in runs]
+        if self._letters is not None:
+            parts = (self._letters[found[first:last] - 1] for _, first, last in runs)
+            return ",".join(_letters_text(part, tail) for part, tail in zip(parts, tails, strict=True))
         names = [self._names[block - 1] for block in blocks]
-        return ",".join(_run_text(names[first:last], _mechanism_text(own[number])) for number, first, last in runs)
+        return ",".join(_run_text(names[first:last], tail) for (_, first, last), tail in zip(runs, tails, strict=True))
 
     def history(self, blocks: Sequence[BlockRow], rows: Sequence[LedgerRow]) -> History:
         """What was read, once `hashes` is at its end."""
@@ -389,6 +396,25 @@ def _run_text(names: Sequence[str], tail: str) -> str:
         return ",".join(f'{{"block_id":{_text(name)}{tail}' for name in names)
     head = '{"block_id":"'
     return head + f'"{tail},{head}'.join(names) + f'"{tail}'
+
+
+def _letters(names: Sequence[str]) -> Letters | None:
+    """(N, L) bytes of names that are of one length and need no escape, as made names are; else None."""
+    together = "".join(names)
+    lengths = {len(name) for name in names}
+    if len(lengths) != 1 or not together.isascii() or len(encode_basestring(together)) != len(together) + 2:
+        return None
+    return np.frombuffer(together.encode("ascii"), np.uint8).reshape(len(names), -1)
+
+
+def _letters_text(names: Letters, tail: str) -> str:
+    """`_run_text` of (n, L) bytes."""
+    head, end = b'{"block_id":"', f'"{tail},'.encode("ascii")
+    text = np.empty((len(names), len(head) + names.shape[1] + len(end)), np.uint8)
+    text[:, : len(head)] = np.frombuffer(head, np.uint8)
+    text[:, len(head) : -len(end)] = names
+    text[:, -len(end) :] = np.frombuffer(end, np.uint8)
+    return text.tobytes()[:-1].decode("ascii")
 
 
 def _rows(db: sa.Connection, where: sa.ColumnElement[bool] | None) -> Iterable[Any]:

@@ -57,6 +57,7 @@ class Ledger:
 
     def __init__(self, url: str) -> None:
         self._engine = tables.open_database(url)
+        self._facts = accounts.Facts()
 
     def close(self) -> None:
         """Give the connections back."""
@@ -165,7 +166,9 @@ class Ledger:
                     raise LedgerConflict(f"round={round_id} attempt={attempt}: has other charges; use attempt+1")
                 return known[-1]
             now = _now()
-            missing, window = accounts.shortfalls(db, charges, now.timestamp(), account=account, stream=stream)
+            missing, window = accounts.shortfalls(
+                db, charges, now.timestamp(), self._facts, account=account, stream=stream
+            )
             if missing:
                 raise BudgetExceeded(_explain(round_id, missing, account))
             row = LedgerRow(
@@ -217,7 +220,7 @@ class Ledger:
             LedgerError: a block is unknown or has no such account, or the blocks cannot pay together.
         """
         with tables.reading(self._engine) as db:
-            return accounts.shortfalls(db, charges, _now().timestamp(), account=account)[0]
+            return accounts.shortfalls(db, charges, _now().timestamp(), self._facts, account=account)[0]
 
     def spent(self, block_id: str, account: str = TRAIN) -> tuple[float, ...]:
         """RDP spent by a block at each order of its grid, nats, summed in the order of the rows.
@@ -248,7 +251,7 @@ class Ledger:
             LedgerError: a block is unknown.
         """
         with tables.reading(self._engine) as db:
-            return accounts.require(db, block_ids, _now().timestamp())
+            return accounts.require(db, block_ids, _now().timestamp(), self._facts)
 
     # -- the chain ------------------------------------------------------------------------------------------------
 
@@ -266,7 +269,7 @@ class Ledger:
         with tables.reading(self._engine) as db:
             history = chain.read_history(db)
             names = [row.block_id for row in history.blocks if row.stream == stream]
-            found = accounts.read(db, names, _now().timestamp())
+            found = accounts.read(db, names, _now().timestamp(), self._facts)
         return Snapshot(stream, history, {name: found[name] for name in names})
 
     def head(self) -> str:
@@ -301,7 +304,7 @@ class Ledger:
 
     def _account(self, block_id: str) -> Account:
         with tables.reading(self._engine) as db:
-            return accounts.require(db, [block_id], _now().timestamp())[block_id]
+            return accounts.require(db, [block_id], _now().timestamp(), self._facts)[block_id]
 
     @staticmethod
     def _attempt(db: sa.Connection, round_id: str, attempt: int) -> list[LedgerRow]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -150,25 +151,51 @@ def charges_by_row(
     Raises:
         ValueError: the positions of a row's charges are not 0, 1, 2 and so on.
     """
-    columns = (charges.c.block, charges.c.number, charges.c.position)
-    if db.dialect.name == "postgresql":
-        from sqlalchemy.dialects.postgresql import aggregate_order_by
-
-        lists = [sa.func.json_agg(aggregate_order_by(column, charges.c.position)) for column in columns]
-    else:
-        lists = [sa.func.json_group_array(column) for column in columns]
+    lists = _packed(db, (charges.c.block, charges.c.number, charges.c.position), charges.c.position)
     query = sa.select(charges.c.seq, *lists).group_by(charges.c.seq).order_by(charges.c.seq)
     if where is not None:
         query = query.where(charges.c.seq.in_(sa.select(ledger.c.seq).where(where)))
     for seq, *packed in db.execute(query):
-        found, numbers, positions = (json.loads(p) if isinstance(p, str) else p for p in packed)
+        found, numbers, positions = map(_unpacked, packed)
         if positions != list(range(len(positions))):
-            # SQLite packs in the order in which it happens to read.
             if sorted(positions) != list(range(len(positions))):
                 raise ValueError(f"ledger row {seq}: a charge is missing, positions are {sorted(positions)[:9]}")
             order = sorted(range(len(positions)), key=positions.__getitem__)
             found, numbers = [found[at] for at in order], [numbers[at] for at in order]
         yield int(seq), found, numbers
+
+
+def charges_by_block(db: sa.Connection, blocks: Sequence[int]) -> Iterator[tuple[int, list[int], list[int]]]:
+    """Per block that was ever charged: its number, the rows that did, oldest first, and each one's mechanism number.
+
+    Args:
+        db: an open transaction.
+        blocks: numbers of blocks, as many as fit into one statement.
+    """
+    lists = _packed(db, (charges.c.seq, charges.c.number), charges.c.seq)
+    query = sa.select(charges.c.block, *lists).where(charges.c.block.in_(blocks)).group_by(charges.c.block)
+    for block, *packed in db.execute(query).all():
+        rows, numbers = map(_unpacked, packed)
+        if any(before >= after for before, after in pairwise(rows)):
+            order = sorted(range(len(rows)), key=rows.__getitem__)
+            rows, numbers = [rows[at] for at in order], [numbers[at] for at in order]
+        yield int(block), rows, numbers
+
+
+def _packed(
+    db: sa.Connection, columns: Sequence[sa.ColumnElement[Any]], order: sa.ColumnElement[Any]
+) -> list[sa.ColumnElement[Any]]:
+    """Lists of the values of a group. SQLite packs in the order in which it reads: look whether it is the right one."""
+    if db.dialect.name == "postgresql":
+        from sqlalchemy.dialects.postgresql import aggregate_order_by
+
+        return [sa.func.json_agg(aggregate_order_by(column, order)) for column in columns]
+    return [sa.func.json_group_array(column) for column in columns]
+
+
+def _unpacked(packed: str | list[int]) -> list[int]:
+    found: list[int] = json.loads(packed) if isinstance(packed, str) else packed
+    return found
 
 
 @contextmanager

@@ -25,6 +25,7 @@ def upgrade() -> None:
         sa.Column("q", sa.Float, nullable=False),
         sa.Column("sigma", sa.Float, nullable=False),
         sa.Column("steps", sa.Integer, nullable=False),
+        sqlite_with_rowid=False,  # found by its key alone, in one step
     )
     op.execute(
         "INSERT INTO mechanisms (seq, number, q, sigma, steps) "
