@@ -184,8 +184,15 @@ def epsilon_from_rdp(values: Sequence[float], orders: Sequence[int], delta: floa
 
     Valid for a schedule fixed in advance: over adaptively chosen rounds only the filter's sealed epsilon is a claim.
     """
-    pairs = [(max(0.0, rho + _conversion(a, delta)), a) for rho, a in zip(values, orders, strict=True)]
-    return min(pairs)
+    paid = conversions(tuple(orders), delta)
+    epsilon, order = min([(rho + more, a) for rho, more, a in zip(values, paid, orders, strict=True)])
+    return max(0.0, epsilon), order
+
+
+@lru_cache(maxsize=1024)
+def conversions(orders: tuple[int, ...], delta: float) -> tuple[float, ...]:
+    """What comes on top of the RDP at each order for (epsilon, delta), nats."""
+    return tuple(_conversion(order, delta) for order in orders)
 
 
 def caps(orders: Sequence[int], epsilon: float, delta: float) -> tuple[float, ...]:

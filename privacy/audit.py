@@ -9,13 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from random import SystemRandom
 from typing import Any, NamedTuple
 
 from privacy import accounting
-from privacy.chain import Charge, LedgerRow
+from privacy.accounts import Account, policy_of
+from privacy.chain import Charge, History, LedgerRow, without_collection
 from privacy.errors import LedgerBroken
 from privacy.ledger import Ledger
 from privacy.policy import ACCOUNTS, HOLDOUT, TRAIN, Policy
+from privacy.recount import Spending, recount
+
+# Every block's spending is recomputed. What the filter itself reads costs a third of a millisecond a block: beyond so
+# many blocks it is asked for the fullest, and for others that nobody can foresee.
+COMPARED_MAX = 500
 
 
 class _Entry(NamedTuple):
@@ -82,18 +89,60 @@ def audit(ledger: Ledger, stream: str) -> AuditReport:
     Raises:
         LedgerBroken: a chain does not verify, or the recomputed spending is not what the filter works with.
     """
-    ledger.verify_chain()
-    view = ledger.snapshot(stream)
-    policies = {name: account.policy for name, account in view.accounts.items()}
-    books = _Books(view.rows, policies)
-    for name, account in sorted(view.accounts.items()):
-        for side, spent in ((TRAIN, account.spent), (HOLDOUT, account.holdout_spent)):
-            if spent not in books.present(name, side):
-                raise LedgerBroken(
-                    f"block={name}: recomputed spending of {side} differs from the filter's; do not train until it is "
-                    f"found"
-                )
-    return _whole(stream, tuple(_block(books, name) for name in sorted(policies)))
+    found = _Recount(stream)
+    with without_collection():
+        view = ledger.snapshot(stream, found.take)
+        found.compare(view.accounts)
+        return _whole(stream, tuple(found.block(name) for name in sorted(found.policies)))
+
+
+class _Recount:
+    """A stream's spending from a verified history: unit `record` over its columns, unit `user` row by row."""
+
+    def __init__(self, stream: str) -> None:
+        self._stream = stream
+        self.policies: dict[str, Policy] = {}
+        self._promised: dict[int, tuple[str, str, str, str]] = {}
+
+    def take(self, history: History) -> list[str]:
+        """Add everything up; returns the blocks whose filter is to be compared."""
+        self.policies = {r.block_id: policy_of(r.policy) for r in history.blocks if r.stream == self._stream}
+        users = {name: policy for name, policy in self.policies.items() if policy.unit == "user"}
+        records = {name: policy for name, policy in self.policies.items() if policy.unit == "record"}
+        self._of_records = recount(history, self._stream, records)
+        rows = history.of_stream(self._stream, charging=users)
+        released = history.released()
+        self._of_users = _Books([r for r in rows if (r.round_id, r.attempt) not in released], users)
+        if len(self.policies) <= COMPARED_MAX:
+            return list(self.policies)
+        fullest = sorted(records, key=lambda name: -self._of_records[TRAIN][name].share_used)[: COMPARED_MAX // 2]
+        return list({*fullest, *SystemRandom().sample(sorted(self.policies), COMPARED_MAX // 2)})
+
+    def compare(self, accounts: Mapping[str, Account]) -> None:
+        """Raise LedgerBroken where the filter works with another figure."""
+        for name, account in sorted(accounts.items()):
+            for side in ACCOUNTS:
+                if account.spent_of(side) not in self._present(name, side):
+                    raise LedgerBroken(
+                        f"block={name}: recomputed spending of {side} differs from the filter's; do not train until it "
+                        f"is found"
+                    )
+
+    def _present(self, name: str, side: str) -> list[tuple[float, ...]]:
+        policy = self.policies[name]
+        if policy.unit == "user":
+            return self._of_users.present(name, side)
+        newest = self._of_records[side][name].newest
+        return [newest, (0.0,) * len(policy.orders)] if policy.days else [newest]
+
+    def block(self, name: str) -> BlockAudit:
+        """One block's part of the report."""
+        if self.policies[name].unit == "user":
+            return _block(self._of_users, name)
+        policy = self.policies[name]
+        if id(policy) not in self._promised:  # the hash of a policy takes longer than all else that is done here
+            self._promised[id(policy)] = _promises(policy)
+        return _block_of(name, policy, self._promised[id(policy)], *(s[name] for s in self._of_records.values()))
 
 
 def recompute(stream: str, rows: Sequence[LedgerRow], policies: Mapping[str, Policy]) -> AuditReport:
@@ -210,24 +259,45 @@ def _names(paid: _Paid) -> tuple[str, ...]:
 
 
 def _block(books: _Books, name: str) -> BlockAudit:
-    policy, trained, held_out = books.policies[name], books.paid(name, TRAIN), books.paid(name, HOLDOUT)
-    test, unbounded = (any(e.row.noise_source == "test" for e in paid) for paid in (trained, held_out))
-    total = books.total(name, TRAIN)
-    fixed = accounting.epsilon_from_rdp(total, policy.orders, policy.delta)[0] if trained else 0.0
+    policy = books.policies[name]
+    sides = []
+    for account in ACCOUNTS:
+        paid = books.paid(name, account)
+        test = any(entry.row.noise_source == "test" for entry in paid)
+        total = books.total(name, account)
+        fixed = accounting.epsilon_from_rdp(total, policy.orders, policy.delta)[0] if paid else 0.0
+        sides.append(Spending(total, (), fixed, books.share_used(name, account), test, _names(paid)))
+    return _block_of(name, policy, _promises(policy), *sides)
+
+
+def _block_of(
+    name: str, policy: Policy, promises: tuple[str, str, str, str], trained: Spending, held_out: Spending
+) -> BlockAudit:
     return BlockAudit(
         block=name,
         unit=policy.unit,
-        epsilon=None if test else policy.epsilon,
+        epsilon=None if trained.test else policy.epsilon,
         delta=policy.delta,
-        share_used=books.share_used(name, TRAIN),
-        rounds=_names(trained),
-        claim=_claim(policy, test=test),
+        share_used=trained.share_used,
+        rounds=trained.rounds,
+        claim=promises[trained.test],
         # Not a claim over adaptively chosen rounds; where the noise was a known seed it is none at all.
-        epsilon_if_fixed_in_advance=None if test else round(fixed, 6),
+        epsilon_if_fixed_in_advance=None if trained.test else round(trained.fixed, 6),
         span=policy.span,
-        holdout=f"epsilon infinity per {policy.unit}: read with test noise" if unbounded else policy.promise(HOLDOUT),
-        holdout_share_used=books.share_used(name, HOLDOUT),
-        holdout_reads=_names(held_out),
+        holdout=promises[2 + held_out.test],
+        holdout_share_used=held_out.share_used,
+        holdout_reads=held_out.rounds,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _promises(policy: Policy) -> tuple[str, str, str, str]:
+    """The claim, the claim once test noise was used, and the same of the holdout."""
+    return (
+        _claim(policy, test=False),
+        _claim(policy, test=True),
+        policy.promise(HOLDOUT),
+        f"epsilon infinity per {policy.unit}: read with test noise",
     )
 
 

@@ -119,12 +119,14 @@ class History:
     mechanism: Indices
     mechanisms: tuple[Mechanism, ...]
 
-    def of_stream(self, stream: str) -> tuple[LedgerRow, ...]:
-        """A stream's rows with their charges, oldest first."""
+    def of_stream(self, stream: str, charging: Collection[str] | None = None) -> tuple[LedgerRow, ...]:
+        """A stream's rows with their charges, oldest first; if asked, only rows that charge some of these blocks."""
+        wanted = np.array([charging is None or row.block_id in charging for row in self.blocks], bool)
+        hits = np.concatenate([[0], np.cumsum(wanted[self.block])])
         return tuple(
             replace(row, charges=self._charges(at)) if self.first[at] < self.first[at + 1] else row
             for at, row in enumerate(self.rows)
-            if row.stream == stream
+            if row.stream == stream and (charging is None or hits[self.first[at]] < hits[self.first[at + 1]])
         )
 
     def _charges(self, at: int) -> tuple[Charge, ...]:
@@ -146,28 +148,33 @@ def hash_of(row: BlockRow | LedgerRow) -> str:
     Raises:
         PrivacyError: a field is no text or whole number where it must be one.
     """
-    if isinstance(row, BlockRow):
-        return _sha256(_block_body(row))
-    runs = groupby(row.charges, key=lambda charge: charge.mechanism)
-    texts = (_run_text([charge.block_id for charge in run], _mechanism_text(mechanism)) for mechanism, run in runs)
-    return _sha256(_row_body(row, ",".join(texts)))
+    try:
+        if isinstance(row, BlockRow):
+            return _sha256(_block_body(row))
+        runs = groupby(row.charges, key=lambda charge: charge.mechanism)
+        texts = (_run_text([charge.block_id for charge in run], _mechanism_text(mechanism)) for mechanism, run in runs)
+        return _sha256(_row_body(row, ",".join(texts)))
+    except TypeError as error:
+        raise PrivacyError(f"value cannot be encoded as canonical JSON: {error}") from None
 
 
 def _block_body(row: BlockRow) -> str:
+    text = _text
     return (
-        f'{{"block_id":{_text(row.block_id)},"policy":{_text(row.policy)},"prev_hash":{_text(row.prev_hash)},'
-        f'"seq":{_whole(row.seq)},"stream":{_text(row.stream)}}}'
+        f'{{"block_id":{text(row.block_id)},"policy":{text(row.policy)},"prev_hash":{text(row.prev_hash)},'
+        f'"seq":{_whole(row.seq)},"stream":{text(row.stream)}}}'
     )
 
 
 def _row_body(row: LedgerRow, charges: str) -> str:
-    account = "" if row.account == TRAIN else f'"account":{_text(row.account)},'
+    text = _text
+    account = "" if row.account == TRAIN else f'"account":{text(row.account)},'
     window = "" if row.window == 0 else f',"window":{_whole(row.window)}'
     return (
-        f'{{{account}"adapter_sha256":{_text(row.adapter_sha256)},"at":{_text(row.at)},"attempt":{_whole(row.attempt)},'
-        f'"blocks_head":{_text(row.blocks_head)},"charges":[{charges}],"noise_source":{_text(row.noise_source)},'
-        f'"plan_hash":{_text(row.plan_hash)},"prev_hash":{_text(row.prev_hash)},"round_id":{_text(row.round_id)},'
-        f'"seq":{_whole(row.seq)},"state":{_text(row.state)},"stream":{_text(row.stream)}{window}}}'
+        f'{{{account}"adapter_sha256":{text(row.adapter_sha256)},"at":{text(row.at)},"attempt":{_whole(row.attempt)},'
+        f'"blocks_head":{text(row.blocks_head)},"charges":[{charges}],"noise_source":{text(row.noise_source)},'
+        f'"plan_hash":{text(row.plan_hash)},"prev_hash":{text(row.prev_hash)},"round_id":{text(row.round_id)},'
+        f'"seq":{_whole(row.seq)},"state":{text(row.state)},"stream":{text(row.stream)}{window}}}'
     )
 
 
@@ -178,10 +185,8 @@ def _sha256(body: str) -> str:
         raise PrivacyError(f"value cannot be encoded as canonical JSON: {error}") from None
 
 
-def _text(value: object) -> str:
-    if type(value) is not str:
-        raise PrivacyError(f"value={value!r}: must be text")
-    return encode_basestring(value)
+# Of anything but text it makes a TypeError.
+_text = encode_basestring
 
 
 def _whole(value: object) -> str:
@@ -290,7 +295,7 @@ def read_history(db: sa.Connection) -> History:
     Raises:
         LedgerBroken: names the first row that does not match.
     """
-    with _no_collection():
+    with without_collection():
         blocks = read_blocks(db)
         known = _follow(blocks, "block", (_computed(row) for row in blocks))
         rows = [_row(found, ()) for found in _rows(db, None)]
@@ -300,7 +305,7 @@ def read_history(db: sa.Connection) -> History:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def without_collection() -> Iterator[None]:
     """No search for cycles while hundreds of thousands of values are made that have none: a quarter of the time."""
     was = gc.isenabled()
     gc.disable()
@@ -340,7 +345,7 @@ class _Columns:
             self._first.append(self._first[-1] + (len(self._block[-1]) if text else 0))
             try:
                 yield _sha256(_row_body(row, text))
-            except PrivacyError:
+            except (PrivacyError, TypeError):
                 yield "none"
         if waiting is not None or self._own:
             lost = min([*self._own, *([waiting[0]] if waiting else [])])

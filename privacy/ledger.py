@@ -9,7 +9,7 @@ clock that goes back changes what a row says, not where it stands, and opens no 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -260,15 +260,20 @@ class Ledger:
         with tables.reading(self._engine) as db:
             return chain.read_rows(db, None if stream is None else tables.ledger.c.stream == stream)
 
-    def snapshot(self, stream: str) -> Snapshot:
-        """The whole ledger, verified, and a stream's accounts, from one consistent view: nothing is half-way.
+    def snapshot(self, stream: str, choose: Callable[[History], Iterable[str]] | None = None) -> Snapshot:
+        """The whole ledger, verified, and accounts of a stream, from one consistent view: nothing is half-way.
+
+        Args:
+            stream: its name.
+            choose: which of its blocks' accounts to read, by what the rows say; all if not given.
 
         Raises:
             LedgerBroken: names the first row that does not match.
         """
         with tables.reading(self._engine) as db:
             history = chain.read_history(db)
-            names = [row.block_id for row in history.blocks if row.stream == stream]
+            mine = [row.block_id for row in history.blocks if row.stream == stream]
+            names = mine if choose is None else list(choose(history))
             found = accounts.read(db, names, _now().timestamp(), self._facts)
         return Snapshot(stream, history, {name: found[name] for name in names})
 
