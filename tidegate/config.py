@@ -97,6 +97,7 @@ class IngestSettings(_Section):
     block_seconds: Annotated[float, Field(gt=0, le=604_800)] = 300.0
     records_per_user_max: Annotated[int, Field(ge=1)] = 32
     docs_seconds: Annotated[float, Field(ge=0, le=604_800)] = 600.0
+    metrics_port: Annotated[int, Field(ge=0, le=65_000)] = 0
 
 
 class PrivacySettings(_Section):

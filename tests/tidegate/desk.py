@@ -129,6 +129,7 @@ def make_desk(root, base, bootstrap=None, **learner):
             "labels": list(DOMAINS),
             "block_offsets": 300,
             "block_seconds": 3,
+            "metrics_port": free_port(),
         },
         "privacy": privacy,
         "learner": {**settings, **learner},

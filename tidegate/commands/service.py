@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tidegate import output
+from tidegate.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tidegate.wiring import Service
 
 
@@ -111,12 +114,34 @@ def ingest(given: str | None, stream: str, *, blocks: int | None, idle: float | 
 
     service = _open(given)
     stop = _stop_on_signals()
+    port = service.stream(stream).ingest.metrics_port
+    lanes: set[str] = set()
 
-    def heard(name: str, _facts: object) -> None:
-        if name == "resumed":
-            spare_collector()
+    def heard(name: str, facts: Mapping[str, Any]) -> None:
+        if name != "resumed" or facts["lane"] in lanes:
+            return
+        lanes.add(facts["lane"])
+        spare_collector()
+        if port:
+            _expose(port + int(facts["lane"].rpartition("-")[2]), stream)
 
     service.ingester(stream, heard).run(stop, max_blocks=blocks, until_idle_s=idle)
+
+
+def _expose(port: int, stream: str) -> None:
+    """Let Prometheus scrape this process on loopback: its counts are exact, hence for the operator alone.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
+    from prometheus_client import start_http_server
+
+    try:
+        start_http_server(port, addr="127.0.0.1")
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise ConfigError(f"streams.{stream}.ingest.metrics_port: port {port}: {why}; choose another") from None
+    output.say(f"metrics of {stream} on http://127.0.0.1:{port}/metrics")
 
 
 @click.command()
