@@ -85,5 +85,6 @@ def _index(repo: DataRepository, stream: str, lane: str, blocks: int, records: i
 
     with db:
         db.executemany("INSERT INTO seen VALUES (?, ?)", identities())
+        db.execute("INSERT INTO made VALUES ('in bulk')")
         db.execute("INSERT INTO block VALUES (?, ?, ?)", (lane, blocks, f"{blocks:032x}"))
     db.close()
