@@ -124,7 +124,8 @@ def whole(root: str, bootstrap: str, topic: str, count: int) -> dict[str, Any]:
 
     def heard(name: str, _: Mapping[str, Any]) -> None:
         nonlocal last, blocks
-        if name == "resumed":
+        if name == "sealed" and not blocks:
+            # As `tidegate ingest` does.
             spare_collector()
         if name not in SPENT_ON:
             return
@@ -164,7 +165,7 @@ def seal(root: str, bootstrap: str, topic: str, blocks: int) -> dict[str, Any]:
 
     def heard(name: str, _: Mapping[str, Any]) -> None:
         nonlocal start
-        if name == "resumed":
+        if name == "sealed" and len(walls) == 1:
             spare_collector()
         elif name == "polled":
             start = time.monotonic(), time.process_time()

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "block": ("tidegate.commands.blocks", "Look into one sealed block, and verify its files."),
     "dlq": ("tidegate.commands.deadletters", "Rejected records: list, show, mend and replay, expire."),
     "expectations": ("tidegate.commands.expectations", "Try a stream's suite on records; build its Data Docs."),
+    "plan": ("tidegate.commands.plan", "Show what the next rounds would cost, and how many are left. A dry run."),
     "round": ("tidegate.commands.rounds", "Run one private round now."),
     "reproduce": ("tidegate.commands.rounds", "Verify or rebuild a finished round (what `dvc repro` calls)."),
     "versions": ("tidegate.commands.versions", "List a stream's model versions."),

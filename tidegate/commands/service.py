@@ -115,14 +115,16 @@ def ingest(given: str | None, stream: str, *, blocks: int | None, idle: float | 
     service = _open(given)
     stop = _stop_on_signals()
     port = service.stream(stream).ingest.metrics_port
-    lanes: set[str] = set()
+    done: set[str] = set()
 
     def heard(name: str, facts: Mapping[str, Any]) -> None:
-        if name != "resumed" or facts["lane"] in lanes:
+        if name not in {"resumed", "sealed"} or name in done:
             return
-        lanes.add(facts["lane"])
-        spare_collector()
-        if port:
+        done.add(name)
+        if name == "sealed":
+            # After the first block every library is loaded.
+            spare_collector()
+        elif port:
             _expose(port + int(facts["lane"].rpartition("-")[2]), stream)
 
     service.ingester(stream, heard).run(stop, max_blocks=blocks, until_idle_s=idle)
