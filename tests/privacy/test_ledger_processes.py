@@ -13,9 +13,12 @@ import pytest
 
 from privacy import accounting
 from privacy.errors import BudgetExceeded, LedgerError
-from privacy.ledger import Ledger
+from privacy.ledger import Charge, Ledger
+from privacy.policy import Policy
 from tests.privacy.rounds import ADAPTER, PLAN, POLICY, charge, run_round
 
+HELD = Policy("record", 8.0, 1e-5, holdout_evaluations=4)
+HOLDOUT_CHARGE = Charge("h1", 1.0, 7.0, 1)
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -46,6 +49,35 @@ def test_racing_processes_never_overspend(ledger, url):
     assert ledger.share_used("b1") <= 1.0
     assert ledger.verify_chain() == won
     assert len(ledger.blocks("s")) == 3 + 18
+
+
+def _race_for_the_holdout(url, name, queue):
+    ledger = Ledger(url)
+    won = 0
+    for number in range(6):
+        try:
+            ledger.reserve("s", f"{name}-{number}", 1, PLAN, [HOLDOUT_CHARGE], account="holdout")
+            won += 1
+        except BudgetExceeded:
+            pass
+    ledger.close()
+    queue.put(won)
+
+
+def test_racing_processes_never_overspend_a_holdout(ledger, url):
+    ledger.register_block("s", "h1", HELD.frozen(500))
+    queue = SPAWN.Queue()
+    racers = [SPAWN.Process(target=_race_for_the_holdout, args=(url, f"p{i}", queue)) for i in range(2)]
+    for racer in racers:
+        racer.start()
+    won = sum(queue.get(timeout=120) for _ in racers)
+    for racer in racers:
+        racer.join()
+    one = accounting.share_used(accounting.rdp(*HOLDOUT_CHARGE.mechanism, HELD.orders), HELD.holdout_caps)
+    assert 2 <= won == int(1 / one) < 12
+    assert ledger.share_used("h1", "holdout") <= 1.0
+    assert ledger.share_used("h1") == 0.0
+    assert ledger.verify_chain() == won
 
 
 def test_racing_threads_charge_one_attempt_once(ledger):
