@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,6 +80,116 @@ def test_epsilon_equals_dp_accounting(q, sigma, steps):
     accountant.compose(step, steps)
     epsilon, _ = accounting.epsilon_from_rdp(accounting.rdp(q, sigma, steps, ORDERS), ORDERS, 1e-5)
     assert epsilon == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-9)
+
+
+def dp_event(q, sigma):
+    import dp_accounting
+
+    return dp_accounting.PoissonSampledDpEvent(q, dp_accounting.GaussianDpEvent(sigma))
+
+
+def ours_over(rounds, delta):
+    """Our epsilon of a fixed schedule of (q, sigma, steps)."""
+    total = np.sum([accounting.rdp(q, sigma, steps, ORDERS) for q, sigma, steps in rounds], axis=0)
+    return accounting.epsilon_from_rdp(total.tolist(), ORDERS, delta)[0]
+
+
+# Schedules of a stream: new once, then replayed at another rate and noise; evaluations of a holdout.
+SCHEDULES = [
+    [(0.25, 1.0, 30)],
+    [(0.01, 0.7, 1000)],
+    [(1.0, 2.0, 5)],
+    [(0.25, 2.2, 30), *[(0.0625, 2.2, 30)] * 8],
+    [(0.5, 3.0, 20), (0.1, 1.3, 50), (0.02, 0.9, 200)],
+    [(1.0, 12.0, 1)] * 20,
+]
+
+
+@pytest.mark.parametrize("delta", [1e-6, 1e-5, 1e-3])
+@pytest.mark.parametrize("rounds", SCHEDULES)
+def test_epsilon_is_never_below_dp_accounting_and_at_most_a_hundredth_above(rounds, delta):
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
+
+    reference, tight = RdpAccountant(list(ORDERS)), PLDAccountant(value_discretization_interval=1e-3)
+    for q, sigma, steps in rounds:
+        for accountant in (reference, tight):
+            accountant.compose(dp_event(q, sigma), steps)
+    ours, theirs = ours_over(rounds, delta), reference.get_epsilon(delta)
+    assert theirs * (1 - 1e-9) <= ours <= theirs * 1.01
+    # The privacy loss distribution says what is really lost: a bound below it would be wrong.
+    assert ours >= tight.get_epsilon(delta)
+
+
+@pytest.mark.parametrize("wrong", ["half the rate", "half the steps", "a tenth more noise"])
+def test_an_accountant_that_charges_too_little_is_below_the_reference(wrong):
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
+
+    q, sigma, steps = 0.25, 2.2, 30
+    charged = {
+        "half the rate": (q / 2, sigma, steps),
+        "half the steps": (q, sigma, steps // 2),
+        "a tenth more noise": (q, sigma * 1.1, steps),
+    }[wrong]
+    reference, tight = RdpAccountant(list(ORDERS)), PLDAccountant(value_discretization_interval=1e-3)
+    for accountant in (reference, tight):
+        accountant.compose(dp_event(q, sigma), steps)
+    assert ours_over([charged], 1e-5) < reference.get_epsilon(1e-5) * (1 - 1e-9)
+    if wrong.startswith("half"):  # the room between the two is larger than a tenth of the noise
+        assert ours_over([charged], 1e-5) < tight.get_epsilon(1e-5)
+
+
+@pytest.mark.parametrize(("epsilon", "q", "sigma"), [(8.0, 0.25, 2.2), (2.0, 1.0, 15.0), (1.0, 0.05, 3.0)])
+def test_a_filled_filter_has_lost_less_than_it_promised(epsilon, q, sigma):
+    from dp_accounting.pld import PLDAccountant
+
+    policy = Policy("record", epsilon, 1e-5)
+    one = accounting.rdp(q, sigma, 10, ORDERS)
+    spent, rounds = (0.0,) * len(ORDERS), 0
+    while accounting.fits(spent, one, policy.caps):
+        spent, rounds = tuple(s + r for s, r in zip(spent, one, strict=True)), rounds + 1
+    tight = PLDAccountant(value_discretization_interval=1e-3)
+    tight.compose(dp_event(q, sigma), 10 * rounds)
+    assert tight.get_epsilon(1e-5) < epsilon
+    assert tight.get_epsilon(1e-5) > 0.5 * epsilon, "and not absurdly less"
+
+
+def test_prices_are_the_same_alone_and_in_a_crowd():
+    """What a filter adds up one by one, an audit adds up from prices computed thousands at a time."""
+    rng = np.random.default_rng(5)
+    crowd = [(float(q), float(sigma), 7) for q, sigma in rng.uniform((0, 0.3), (1, 20), (2500, 2))]
+    crowd += [(0.0, 1.0, 1), (1.0, 1.0, 1), (0.5, 1e-200, 1), (0.5, 1e200, 1), (1e-12, 0.05, 1)]
+    grid = (2, 5, 33)  # used nowhere else: nothing is known yet
+    together = accounting.vectors(crowd, grid)
+    accounting._prices.clear()
+    for mechanism, found in zip(crowd, together.tolist(), strict=True):
+        assert accounting.rdp(*mechanism, grid) == tuple(found)
+    assert accounting.vectors([], grid).shape == (0, 3)
+
+
+def test_prices_that_are_kept_do_not_grow_for_ever(monkeypatch):
+    monkeypatch.setattr(accounting, "PRICES_MAX", 10)
+    grid = (2, 7)
+    for sigma in range(1, 40):
+        assert accounting.rdp(0.5, float(sigma), 1, grid) == accounting.rdp(0.5, float(sigma), 1, grid)
+    assert len(accounting._prices[grid].index) <= 11
+
+
+@given(
+    entries=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), max_size=60),
+    prices=st.lists(st.floats(0, 1e3), min_size=10, max_size=10),
+)
+def test_sums_over_columns_are_sums_one_after_another(entries, prices):
+    table = np.array(prices).reshape(5, 2)
+    owner, mechanism = (np.array([entry[n] for entry in entries], np.int64) for n in (0, 1))
+    expected = [(0.0, 0.0)] * 4
+    for who, what in entries:
+        expected[who] = tuple(t + p for t, p in zip(expected[who], table[what].tolist(), strict=True))
+    found = accounting.totals(owner, mechanism, table, 4)
+    assert found.tolist() == [list(total) for total in expected]
+    caps = (3.0, -1.0)
+    assert accounting.shares_used(found, caps).tolist() == [accounting.share_used(total, caps) for total in expected]
 
 
 def test_each_cap_converts_back_to_epsilon_at_its_share_of_delta():
