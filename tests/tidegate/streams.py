@@ -40,7 +40,7 @@ class HandMade(wiring.Service):
     def store(self):
         return self
 
-    def versions(self, _model, *, aliases=True):  # noqa: ARG002 - as the store's
+    def versions(self, _model, **_options):  # noqa: ARG002 - as the store's
         return list(self.made["versions"])
 
 
@@ -79,7 +79,7 @@ def seal(service, number, units=500):
     return block
 
 
-def go_live(service, *blocks, sha="d" * 64, monkeypatch=None):
+def go_live(service, *blocks, sha="d" * 64):
     """A version in Production, approved, that was trained on these blocks."""
     approval = service.signer("approvals").sign({"adapter_sha256": sha})
     plan = {"blocks": [{"id": block, "q": 0.1} for block in blocks]}

@@ -135,7 +135,7 @@ def test_without_a_registry_it_says_so_and_offers_to_plan_offline(made, monkeypa
     service = made()
     go_live(service, seal(service, 1))
 
-    def down(_model, **_):
+    def down(_service, _model, **_options):
         raise RegistryError("mlflow=http://127.0.0.1:5000: does not answer")
 
     monkeypatch.setattr(type(service), "versions", lambda _, model, **__: down(model))
