@@ -312,8 +312,10 @@ class Facts:
                 packed = list(tables.charges_by_block(db, part))
                 self._learn(db, sorted({seq for _, rows, _ in packed for seq in rows} - self._rows))
                 for block, rows, numbers in packed:
-                    charges = zip(rows, numbers, strict=True)
-                    found[block] = [self._entries[charge] for charge in charges if charge[0] not in self._released]
+                    charges: Iterable[tuple[int, int]] = zip(rows, numbers, strict=True)
+                    if not self._released.isdisjoint(rows):
+                        charges = [charge for charge in charges if charge[0] not in self._released]
+                    found[block] = list(map(self._entries.__getitem__, charges))
         return found
 
     def _catch_up(self, db: sa.Connection) -> None:

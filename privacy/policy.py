@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from privacy.accounting import ORDERS, caps
@@ -89,12 +90,12 @@ class Policy:
         if count:  # a policy without the account need not be able to afford one
             caps(self.orders, self.holdout_epsilon, self.delta)
 
-    @property
+    @cached_property
     def caps(self) -> tuple[float, ...]:
         """The filter's bound at each order, nats."""
         return caps(self.orders, self.epsilon, self.delta)
 
-    @property
+    @cached_property
     def holdout_caps(self) -> tuple[float, ...]:
         """The holdout's filter at each order, nats; all zero where there is no holdout account: nothing fits."""
         if not self.holdout_evaluations:
