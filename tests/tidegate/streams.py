@@ -40,7 +40,7 @@ class HandMade(wiring.Service):
     def store(self):
         return self
 
-    def versions(self, _model, **_options):  # noqa: ARG002 - as the store's
+    def versions(self, _model, **_options):
         return list(self.made["versions"])
 
 

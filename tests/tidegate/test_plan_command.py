@@ -138,7 +138,7 @@ def test_without_a_registry_it_says_so_and_offers_to_plan_offline(made, monkeypa
     def down(_service, _model, **_options):
         raise RegistryError("mlflow=http://127.0.0.1:5000: does not answer")
 
-    monkeypatch.setattr(type(service), "versions", lambda _, model, **__: down(model))
+    monkeypatch.setattr(type(service), "versions", down)
     with pytest.raises(TidegateError, match=r"does not answer; what is live is not known; .*--offline"):
         ask()
     report = told("--offline")
