@@ -34,10 +34,14 @@ import numpy as np
 
 from evaluation.metrics import Score, holm
 from evaluation.verdict import Gate, Outcome
+from privacy.canonical import sha256_of
+from privacy.counts import CountsMechanism
 
 if TYPE_CHECKING:
     from evaluation.gates import GatePolicy
     from evaluation.scorer import Scorer
+    from privacy.ledger import Charge
+    from privacy.randomness import KeyedStream
 
 ACCURACY_VERSION = "noisy-accuracy/1 summed-loglik one-vote-a-unit"
 FORGETTING_VERSION = "noisy-gain/1 summed-loglik one-vote-a-unit one-sided holm"
@@ -100,6 +104,75 @@ class NoisyCounts:
         if len(counts.values) != len(counts.domains) * len(counts.cells):
             raise ValueError(f"counts={len(counts.values)}: must be {len(counts.domains)} x {len(counts.cells)}")
         return counts
+
+
+@dataclass(frozen=True)
+class PrivatePlan:
+    """One private evaluation, as it is charged and as it runs. Public: nothing in it depends on a record.
+
+    Attributes:
+        evaluation_id: the ledger's name of it, and the gates' `charge_id`.
+        live_sha256: what the candidate is compared with; None: nothing is live.
+        blocks: whose holdouts are read and charged.
+        sigma: standard deviation of the noise on each count, votes.
+        domains: declared domains; one that is not among them is not counted.
+        answers_sha256: of the declared labels and how each is said.
+        code_sha256: of the code that planned it.
+        noise_source: system, or test: known to whoever knows the seed, hence no privacy.
+    """
+
+    evaluation_id: str
+    attempt: int
+    stream: str
+    candidate_sha256: str
+    live_sha256: str | None
+    base_sha256: str
+    data_revision: str
+    unit: Literal["record", "user"]
+    blocks: tuple[str, ...]
+    sigma: float
+    domains: tuple[str, ...]
+    answers_sha256: str
+    code_sha256: str
+    noise_source: Literal["system", "test"] = "system"
+
+    @property
+    def plan_hash(self) -> str:
+        """sha256 over the canonical JSON of everything above."""
+        return sha256_of(self.as_json())
+
+    @property
+    def paired(self) -> bool:
+        """Whether the candidate is compared with a live version."""
+        return self.live_sha256 is not None
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON form; `from_json` reads it back."""
+        return {**asdict(self), "blocks": list(self.blocks), "domains": list(self.domains)}
+
+    @classmethod
+    def from_json(cls, kept: Mapping[str, Any]) -> Self:
+        """The plan as it was kept."""
+        return cls(**{**kept, "blocks": tuple(kept["blocks"]), "domains": tuple(kept["domains"])})
+
+    @property
+    def _mechanism(self) -> CountsMechanism:
+        return CountsMechanism(len(self.domains) * len(cells_of(paired=self.paired)), self.sigma)
+
+    def charges(self) -> tuple[Charge, ...]:
+        """What each block's holdout pays: the mechanism that `release` runs."""
+        return self._mechanism.charges(self.blocks)
+
+    def release(self, marked: Iterable[Marked], noise: KeyedStream) -> NoisyCounts:
+        """The noisy counts: the only thing that may leave.
+
+        Args:
+            marked: every holdout record of the plan's blocks, each (user_id, event_id) once.
+            noise: keyed to this plan alone.
+        """
+        units = votes(marked, self.domains, paired=self.paired)
+        values = self._mechanism.release(units, noise)
+        return NoisyCounts(self.domains, cells_of(paired=self.paired), tuple(values.tolist()), self.sigma, self.unit)
 
 
 @dataclass(frozen=True)
@@ -180,11 +253,18 @@ def right(
         adapter: name of the adapter; None is the base.
         asked: (prompt, true label) of each record.
         answers: for every declared label the completion that says it, public. A record with another label is never
-            answered rightly, and one whose scores are not finite is not either: both depend on that record alone.
+            answered rightly, nor is one whose scores are not finite, nor one at which the engine throws: each depends
+            on that record alone. What an engine says of a record when it throws is dropped: it may hold content.
     """
     if not asked:
         return []
-    scores = np.asarray(scorer.score_labels(adapter, [prompt for prompt, _ in asked], list(answers.values())))
+    prompts, said = [prompt for prompt, _ in asked], list(answers.values())
+    try:
+        scores = np.asarray(scorer.score_labels(adapter, prompts, said), dtype=float)
+    except Exception:  # noqa: BLE001 - one record that an engine cannot read must not decide about the others
+        if len(asked) == 1:
+            return [False]
+        return [flag for one in asked for flag in right(scorer, adapter, [one], answers)]
     labels = list(answers)
     finite = np.atleast_1d(np.isfinite(scores).all(axis=1))
     return [

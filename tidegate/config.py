@@ -159,6 +159,7 @@ class EvaluationSettings(_Section):
     better_than_base_p_max: Annotated[float, Field(gt=0, le=1)] = 0.01
     forgetting_points_max: Annotated[float, Field(ge=0, le=100)] = 3.0
     forgetting_p_max: Annotated[float, Field(gt=0, le=1)] = 0.05
+    private: bool = False
 
 
 class RegistrySettings(_Section):
@@ -187,6 +188,14 @@ class StreamSettings(_Section):
     evaluation: EvaluationSettings
     registry: RegistrySettings = RegistrySettings()
     serving: ServingSettings = ServingSettings()
+
+    @model_validator(mode="after")
+    def _private_scores_are_paid(self) -> StreamSettings:
+        if self.evaluation.private and not self.privacy.holdout_evaluations:
+            raise ValueError(
+                "evaluation.private reads the holdout: privacy.holdout_evaluations must be > 0 to pay for it"
+            )
+        return self
 
 
 class Settings(_Section):

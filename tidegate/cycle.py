@@ -25,6 +25,7 @@ import structlog
 from tidegate.errors import RoundRefused
 from tidegate.evidence import judge, register
 from tidegate.planning import make_plan
+from tidegate.workspace import write_json as _write
 
 if TYPE_CHECKING:
     from learner.base import Base
@@ -64,6 +65,7 @@ class RoundEnd:
     delta: float
     unit: str
     share_used: float
+    promise: str = ""
 
 
 @dataclass(frozen=True)
@@ -133,17 +135,6 @@ def only_round(service: Service, stream: str) -> Iterator[None]:
         handle.write(str(os.getpid()))
         handle.flush()
         yield
-
-
-def _write(path: Path, value: Any) -> None:
-    """Write JSON so that a crash leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as out:
-        json.dump(value, out, indent=2, ensure_ascii=False, sort_keys=True)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(path)
 
 
 def _unfinished(service: Service, stream: str) -> RoundPlan | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry.states import waiting
+from tidegate import holdout
 
 if TYPE_CHECKING:
     from evaluation.verdict import Evaluation
@@ -35,13 +36,17 @@ def judge(
         if plan.parent_sha256:
             engine.load("live", service.workspace.adapters / plan.parent_sha256)
             live = "live"
+        # A candidate of test noise can never be promoted: nobody in the holdout pays for it.
+        wanted = settings.evaluation.private and plan.noise_source == "system"
+        private = holdout.score(service, trained, engine, gate_set, tell) if wanted else None
         evaluation = evaluate(
             gate_set,
-            GatePolicy(**settings.evaluation.model_dump(exclude={"gate_set"})),
+            GatePolicy(**settings.evaluation.model_dump(exclude={"gate_set", "private"})),
             engine,
             candidate="candidate",
             live=live,
             facts=facts_of(service, trained, base),
+            private=private,
         )
     tell("evaluate", 1, 1)
     return evaluation, evaluation.verdict(service.signer("verdicts"))
@@ -68,6 +73,7 @@ def facts_of(service: Service, trained: Trained, base: Base) -> Any:
         delta=max(p.delta for p in policies),
         unit=plan.unit,
         private=plan.noise_source == "system",
+        promise="; ".join(sorted({policy.promise() for policy in policies})),
     )
 
 
@@ -144,6 +150,7 @@ def register(
         "delta": facts.delta,
         "unit": facts.unit,
         "share_used": facts.share_used,
+        "promise": facts.promise,
     }
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tidegate.errors import WorkspaceError
 
@@ -142,3 +144,14 @@ def lay_out(root: Path) -> list[str]:
     except OSError as error:
         raise WorkspaceError(f"init {root}: {error.strerror}: {error.filename}") from None
     return made
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a crash leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as out:
+        json.dump(value, out, indent=2, ensure_ascii=False, sort_keys=True)
+        out.flush()
+        os.fsync(out.fileno())
+    partial.replace(path)
