@@ -14,12 +14,16 @@ ADJACENCY = "add-remove one unit"
 
 @dataclass(frozen=True)
 class Guarantee:
-    """The claim of a round's stream; epsilon None means infinity: nothing is promised (test noise)."""
+    """The claim of a round's stream; epsilon None means infinity: nothing is promised (test noise).
+
+    With windows as its horizon (`30d`) the claim is per window, and says so.
+    """
 
     unit: str
     adjacency: str
     epsilon: float | None
     delta: float
+    horizon: str = "life"
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,11 @@ def make_receipt(
     unit: Literal["record", "user"],
     epsilon: float | None,
     delta: float,
+    horizon: str = "life",
     signer: SigningKey,
 ) -> dict[str, Any]:
     """A signed receipt as a JSON value; `epsilon=None` says infinity."""
-    guarantee = Guarantee(unit, ADJACENCY, epsilon, delta)
+    guarantee = Guarantee(unit, ADJACENCY, epsilon, delta, horizon)
     return signer.sign(asdict(Receipt(plan_hash, adapter_sha256, ledger_head, guarantee)))
 
 

@@ -284,8 +284,11 @@ def _receipt(case: Case, round_id: str, papers: Papers, row: LedgerRow, policies
         "adjacency": ADJACENCY,
         "epsilon": None if row.noise_source == "test" else max(policy.epsilon for policy in policies),
         "delta": max(policy.delta for policy in policies),
+        "horizon": policies[0].horizon,
     }
-    require_same(where, "guarantee", body["guarantee"], expected, f"the policies of its blocks in {BLOCKS}")
+    # A receipt from before there were windows has no horizon: then it was for life.
+    found = {"horizon": "life", **body["guarantee"]}
+    require_same(where, "guarantee", found, expected, f"the policies of its blocks in {BLOCKS}")
 
 
 def _verdict(case: Case, round_id: str, papers: Papers, row: LedgerRow) -> None:
@@ -385,6 +388,7 @@ def _versions(case: Case) -> None:
     live = {(a["model"], a["version"], a["adapter_sha256"]) for a in case.evidence.approvals if a["to"] == PRODUCTION}
     made = {papers.receipt["adapter_sha256"] for papers in case.evidence.rounds.values()}
     seen: set[tuple[str, int]] = set()
+    model_of: dict[str, str] = {}
     unread, registered = [], set()
     for at, entry in enumerate(case.evidence.versions, start=1):
         where, name = f"{VERSIONS} line {at}", (entry["model"], entry["version"])
@@ -405,6 +409,10 @@ def _versions(case: Case) -> None:
             case.not_checked.append(f"{name[0]} version {name[1]}: came out of no round of this ledger; not approved")
             continue
         _tags(where, tags, papers)
+        stream = papers.plan["stream"]
+        require_same(
+            where, "model", name[0], model_of.setdefault(stream, name[0]), f"other versions of stream {stream}"
+        )
         registered.add(papers.plan["round_id"])
         if entry["stored_sha256"] is None:
             unread.append(f"{name[0]} version {name[1]}")

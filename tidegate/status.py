@@ -8,7 +8,7 @@ import urllib.request
 from typing import TYPE_CHECKING, Any
 
 from registry.states import PRODUCTION, waiting
-from tidegate import ancestry
+from tidegate import ancestry, budget
 from tidegate.errors import expected_errors
 
 if TYPE_CHECKING:
@@ -57,9 +57,9 @@ def _stream(service: Service, name: str, serving: dict[str, Any] | None, alarms:
         "stream": name,
         "blocks": len(manifests),
         "offsets_sealed": sum(o.end - o.start for m in manifests for o in m.offsets),
-        "claim": f"epsilon {policy.epsilon:g}, delta {policy.delta:g} per {policy.unit}",
+        "claim": policy.promise(),
         "filter_used_max": f"{max(shares, default=0.0):.1%}",
-        "rounds": len({r.round_id for r in service.ledger.rows(name)}),
+        "rounds": len({r.round_id for r in service.ledger.rows(name) if r.account == "train"}),
         "answers_with": serving.get("version", "nothing") if serving else "unknown: the server is down",
     }
     try:
@@ -67,6 +67,11 @@ def _stream(service: Service, name: str, serving: dict[str, Any] | None, alarms:
         row["wanted"] = ", ".join(str(v.version) for v in versions if v.stage == PRODUCTION) or "base"
         row["waiting"] = ", ".join(str(v.version) for v in waiting(versions)) or "none"
         ancestry.find_live(versions, service.trusted("approvals"))
+        if manifests:
+            left = budget.look(service, name, versions)
+            row["rounds_left"] = "unknown" if left.rounds_left is None else left.rounds_left
+            row["blocks_retired"] = len(left.blocks_retired)
+            alarms.extend(left.alarms)
     except expected_errors() as error:
         row["wanted"] = row["waiting"] = "unknown"
         alarms.append(f"{name}: {error}")

@@ -49,7 +49,7 @@ def round(  # noqa: A001 - the command's name
             output.say(f"         {reason}")
         output.say(
             f"spent    at most {end.share_used:.1%} of a block's filter; "
-            f"claim ({end.epsilon:g}, {end.delta:g})-DP per {end.unit}"
+            f"claim {end.promise or f'epsilon {end.epsilon:g}, delta {end.delta:g} per {end.unit}'}"
         )
 
 
