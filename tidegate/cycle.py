@@ -275,9 +275,10 @@ def _key(service: Service, plan: RoundPlan, file: Path, *, fresh: bool) -> Round
     """The round's key: made when nothing private was read yet, else the very same one.
 
     Raises:
-        ResumeRefused: the round has started and its key is gone.
+        ResumeRefused: the round has started and its key is gone, or is what a crash left of it.
     """
     from learner.errors import ResumeRefused
+    from privacy.errors import RandomnessError
     from privacy.randomness import RoundKey, TestKey
 
     if plan.noise_source == "test":
@@ -288,7 +289,10 @@ def _key(service: Service, plan: RoundPlan, file: Path, *, fresh: bool) -> Round
         return RoundKey.create(file)
     if not file.exists():
         raise ResumeRefused(f"round={plan.round_id} attempt={plan.attempt}: its key is gone; a new attempt starts")
-    return RoundKey.load(file)
+    try:
+        return RoundKey.load(file)
+    except RandomnessError as error:
+        raise ResumeRefused(f"round={plan.round_id} attempt={plan.attempt}: {error}") from None
 
 
 def seed_of(service: Service, round_id: str) -> int:
@@ -334,6 +338,7 @@ def _receipt(service: Service, plan: RoundPlan, adapter_sha256: str) -> dict[str
         unit=plan.unit,
         epsilon=None if plan.noise_source == "test" else max(p.epsilon for p in policies),
         delta=max(p.delta for p in policies),
+        horizon=policies[0].horizon,
         signer=service.signer("receipts"),
     )
 
