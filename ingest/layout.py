@@ -11,7 +11,6 @@ so that sealing the ten-thousandth block costs what sealing the tenth did.
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
 from typing import Final
 
 MAIN: Final = "refs/heads/main"
@@ -32,11 +31,6 @@ def block_id(lane: str, seq: int) -> str:
     return f"{lane}-{seq:09d}"
 
 
-def lane_of(block: str) -> str:
-    """The lane of a block's name."""
-    return block.rpartition("-")[0]
-
-
 def shelf(seq: int) -> str:
     """The shelf of a lane's block: 1 to 100 are on the first."""
     return f"{(seq - 1) // SHELF_BLOCKS + 1:06d}"
@@ -55,11 +49,6 @@ def manifest_path(lane: str, seq: int) -> str:
 def data_path(lane: str, seq: int, split: str) -> str:
     """File of a block's split, as its manifest names it."""
     return f"{shelf_path(lane, seq)}/{TRACKED}/{block_id(lane, seq)}/{split}.parquet"
-
-
-def pointer_beside(path: str) -> str:
-    """DVC's pointer to the folder a block's file is in."""
-    return str(PurePosixPath(path).parents[2] / POINTER)
 
 
 def frontier_path(lane: str) -> str:

@@ -7,12 +7,10 @@ A future round is made by the planner that makes real ones, and is paid with the
 from __future__ import annotations
 
 import math
-import os
-import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from privacy import accounting
 from tidegate.errors import TidegateError
@@ -20,7 +18,6 @@ from tidegate.planning import PlanArguments, Survey, plan_arguments, survey
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from pathlib import Path
 
     from learner.plan import BlockAccount, RoundPlan
     from privacy.policy import Policy
@@ -34,7 +31,6 @@ ROUNDS_ALARM = 2
 HOLDOUT_ALARM = 2
 # More rounds than a service runs in years are told as "at least": nobody plans that far.
 ROUNDS_MAX = 1_000
-METRICS_FILE = "budget.prom"
 # A plan that only asks what a round would cost names neither data nor base.
 _NO_SHA = "0" * 64
 
@@ -482,54 +478,3 @@ def _alarms(budget: Budget, ancestors: int) -> Iterable[str]:
             f"{budget.stream}: the holdouts can pay for {budget.holdout_evaluations_left} more private evaluations, "
             f"the alarm is below {HOLDOUT_ALARM}; new blocks bring new ones, or set evaluation.private to false"
         )
-
-
-# -- for Prometheus ----------------------------------------------------------------------------------------------------
-
-_GAUGES = (
-    ("share_used", "Share of the filter used, of the median block in the live version's ancestry."),
-    ("share_used_max", "Share of the filter used, of the fullest block."),
-    ("rounds_left", "Rounds in which the median block can still be replayed at this pace."),
-    ("blocks_retired", "Blocks of the live version's ancestry that can pay for no further replay."),
-    ("holdout_evaluations_left", "Private evaluations until no holdout can pay."),
-    ("alarms", "Standing alarms of the budget; `tidegate status` has their text."),
-    ("looked_at_seconds", "When these figures were computed, Unix time."),
-)
-
-
-def metrics_text(budgets: Iterable[Budget], now: float) -> str:
-    """The figures in Prometheus' text format. Only what follows from policy, ledger and public sizes."""
-    rows: list[dict[str, Any]] = [
-        asdict(budget)
-        | {
-            "share_used": budget.share_used_median,
-            "blocks_retired": len(budget.blocks_retired),
-            "alarms": len(budget.alarms),
-            "looked_at_seconds": round(now),
-        }
-        for budget in budgets
-    ]
-    lines = []
-    for name, help_text in _GAUGES:
-        shown = [(row["stream"], row[name]) for row in rows if row[name] is not None]
-        if shown:
-            full = f"tidegate_privacy_{name}"
-            lines += [f"# HELP {full} {help_text}", f"# TYPE {full} gauge"]
-            lines += [f'{full}{{stream="{stream}"}} {float(value):.10g}' for stream, value in shown]
-    return "".join(f"{line}\n" for line in lines)
-
-
-def write_metrics(folder: Path, budgets: Iterable[Budget]) -> None:
-    """Keep the figures in `run/budget.prom`, whole or not at all: the server's /metrics shows that file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{METRICS_FILE}.{os.getpid()}.partial"
-    partial.write_text(metrics_text(budgets, time.time()), encoding="utf-8")
-    partial.replace(folder / METRICS_FILE)
-
-
-def read_metrics(folder: Path) -> bytes:
-    """What `write_metrics` kept; nothing when there is no such file yet."""
-    try:
-        return (folder / METRICS_FILE).read_bytes()
-    except OSError:
-        return b""

@@ -173,7 +173,7 @@ def test_noise_to_signal_is_the_formula_in_the_docs(ledger):
     assert whole == pytest.approx(step / 20**0.5)
 
 
-# -- alarms and metrics ------------------------------------------------------------------------------------------------
+# -- alarms ------------------------------------------------------------------------------------------------------------
 
 
 def assessed(ledger, *names, holdouts=None, policy=RECORD):
@@ -214,25 +214,6 @@ def test_a_horizon_of_windows_is_told_in_the_promise(ledger):
     window = replace(RECORD, horizon="30d")
     register(ledger, window, "a")
     assert "per window of 30 days" in assessed(ledger, "a", policy=window).promise
-
-
-def test_metrics_are_ledger_figures_in_prometheus_form(ledger, tmp_path):
-    from prometheus_client.parser import text_string_to_metric_families
-
-    register(ledger, RECORD, "a", "b")
-    reserve(ledger, 1, [Charge("a", 0.05, 0.9, 20)])
-    found = assessed(ledger, "a", "b")
-    budget.write_metrics(tmp_path / "run", [found])
-    text = budget.read_metrics(tmp_path / "run").decode()
-    families = {family.name: family.samples for family in text_string_to_metric_families(text)}
-    assert families["tidegate_privacy_rounds_left"][0].value == found.rounds_left
-    share = families["tidegate_privacy_share_used"][0]
-    assert share.labels == {"stream": STREAM}
-    assert share.value == pytest.approx(found.share_used_median)
-    assert families["tidegate_privacy_blocks_retired"][0].value == 0
-    assert "tidegate_privacy_holdout_evaluations_left" not in families, "no block has such an account"
-    assert not list((tmp_path / "run").glob("*.partial"))
-    assert budget.read_metrics(tmp_path / "nowhere") == b""
 
 
 def test_evaluations_left_of_the_holdout(ledger):
