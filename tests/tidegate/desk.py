@@ -22,6 +22,7 @@ DOMAINS = ("banking", "travel", "work")
 WORDS = {"banking": "bank", "travel": "travel", "work": "work"}
 # How many of each: skewed, so that even a tiny model learns more than a guess.
 STREAMED = {"banking": 420, "travel": 120, "work": 60}
+JUDGED = {"banking": 60, "travel": 10, "work": 60}
 FIRST = {"banking": 0, "travel": 7500, "work": 10500}
 
 
@@ -47,10 +48,10 @@ def stream_rows(offset=0):
 
 
 def gate_rows():
-    """150 other utterances, in the stream's proportions."""
-    wanted = {d: n // 4 for d, n in STREAMED.items()}
+    """130 other utterances. The untrained base guesses `travel`: whatever else a candidate learns is a gain, so that
+    a verdict is not a matter of the noise that a round happened to draw."""
     rows = clinc("validation")
-    return [as_domain_task(r) for d, n in wanted.items() for r in [r for r in rows if r["domain"] == d][:n]]
+    return [as_domain_task(r) for d, n in JUDGED.items() for r in [r for r in rows if r["domain"] == d][:n]]
 
 
 def write_jsonl(path, rows):
@@ -117,8 +118,7 @@ def make_desk(root, base, bootstrap=None, **learner):
         "learning_rate": 0.03,
         "checkpoint_steps": 2,
         "system": "",
-        # Few weights, so that noise moves little: a candidate's verdict must not be a matter of luck.
-        "lora": {"r": 2, "alpha": 8, "layers": 0, "targets": ["q_proj", "v_proj", "o_proj", "down_proj"]},
+        "lora": {"r": 8, "alpha": 32, "layers": 0},
     }
     params["streams"][STREAM] = {
         **template,
