@@ -231,15 +231,6 @@ def share_used(spent: Sequence[float], bounds: Sequence[float]) -> float:
     return min((s / c for s, c in zip(spent, bounds, strict=True) if c > 0.0), default=0.0)
 
 
-def shares_used(spent: Vector, bounds: Sequence[float]) -> Vector:
-    """`share_used` of each row of (N, K), bit for bit."""
-    usable = [at for at, cap in enumerate(bounds) if cap > 0.0]
-    if not usable or not len(spent):
-        return np.zeros(len(spent))
-    found: Vector = (spent[:, usable] / np.array([bounds[at] for at in usable])).min(axis=1)
-    return found
-
-
 def calibrate(
     demands: Sequence[tuple[float, Sequence[float], Sequence[float], Sequence[int]]], steps: int
 ) -> float | None:

@@ -102,11 +102,6 @@ class Policy:
             return (0.0,) * len(self.orders)
         return caps(self.orders, self.holdout_epsilon, self.delta)
 
-    @property
-    def holdout_bounds(self) -> tuple[float, ...]:
-        """What one evaluation may charge the holdout, at each order: its cap over the evaluations it is made for."""
-        return tuple(cap / max(self.holdout_evaluations, 1) for cap in self.holdout_caps)
-
     def caps_of(self, account: str) -> tuple[float, ...]:
         """The filter of `train` or `holdout`, nats.
 

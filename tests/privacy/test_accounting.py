@@ -188,8 +188,6 @@ def test_sums_over_columns_are_sums_one_after_another(entries, prices):
         expected[who] = tuple(t + p for t, p in zip(expected[who], table[what].tolist(), strict=True))
     found = accounting.totals(owner, mechanism, table, 4)
     assert found.tolist() == [list(total) for total in expected]
-    caps = (3.0, -1.0)
-    assert accounting.shares_used(found, caps).tolist() == [accounting.share_used(total, caps) for total in expected]
 
 
 def test_each_cap_converts_back_to_epsilon_at_its_share_of_delta():

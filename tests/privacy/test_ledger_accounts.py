@@ -7,6 +7,7 @@ import pytest
 from privacy import accounting
 from privacy import ledger as ledger_module
 from privacy.audit import audit
+from privacy.counts import calibrate_releases
 from privacy.errors import BudgetExceeded, LedgerBroken, LedgerConflict, LedgerError, PolicyError
 from privacy.ledger import Charge, Ledger
 from privacy.policy import Policy, window_days
@@ -82,7 +83,7 @@ def test_a_full_holdout_refuses_and_training_goes_on(held):
 
 
 def test_the_stated_number_of_evaluations_fits(held):
-    sigma = accounting.calibrate([(1.0, (0.0,) * len(HELD.orders), HELD.holdout_bounds, HELD.orders)], 1)
+    sigma = calibrate_releases([(HELD.orders, HELD.holdout_caps)], HELD.holdout_evaluations)
     for number in range(HELD.holdout_evaluations):
         held.reserve("s", f"e{number}", 1, PLAN, [counts(sigma=sigma)], account="holdout")
     assert held.share_used("h1", "holdout") == pytest.approx(1.0, abs=1e-2)
