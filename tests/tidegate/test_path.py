@@ -216,7 +216,15 @@ def test_a_second_version_lives_and_is_rolled_back(desk, openai_client):
 
 
 def test_status_and_versions_tell_it(desk):
-    row = desk.json("status")["streams"][0]
+    told = desk.run("status", "--json", check=False)
+    report = json.loads(told.stdout)
+    row = report["streams"][0]
+    # One attempt and a replay have all but used up these blocks: that is an alarm, and nothing else is.
+    assert told.returncode == 1
+    assert [alarm.partition(":")[0] for alarm in report["alarms"]] == [STREAM] * 2
+    assert "of the median block's filter is used" in report["alarms"][0]
+    assert "can be replayed in" in report["alarms"][1]
+    assert (row["claim"], row["rounds"]) == ("epsilon 50, delta 1e-05 per record, for life", 2)
     assert (row["answers_with"], row["wanted"], row["waiting"]) == (f"{STREAM}@1", "1", "none")
     assert [v["verdict"] for v in desk.json("versions", STREAM)] == ["passed", "passed"]
 
