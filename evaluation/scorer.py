@@ -1,17 +1,26 @@
-"""What evaluation asks of an engine, and what it makes of the answers."""
+"""What evaluation asks of an engine, and one model that is asked: each thing once, however many metrics want it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.gateset import GateSet
+from evaluation.errors import NotMeasured
+from evaluation.gateset import GateRecord, GateSet
 from evaluation.metrics import Indices
 
 # A broken engine's message may be a page: one line of it is enough to find the log.
 _MESSAGE_CHARS_MAX = 200
+# A token is at least one byte, so a bound in bytes always holds an answer and its end; a model that never stops still
+# costs little.
+_ANSWER_TOKENS_MAX = 48
+
+Role = Literal["candidate", "live", "base"]
 
 
 class Scorer(Protocol):
@@ -27,6 +36,24 @@ class Scorer(Protocol):
 
 
 @dataclass(frozen=True)
+class Timed:
+    """One answer and what it took.
+
+    Attributes:
+        seconds: from asking to its last token.
+        tokens: how many it has, the end token included.
+    """
+
+    text: str
+    seconds: float
+    tokens: int
+
+
+Timer = Callable[[str | None, Sequence[str], int], Sequence[Timed]]
+"""Asks the engine that will serve for answers to prompts, one after the other, of at most so many tokens."""
+
+
+@dataclass(frozen=True)
 class Predictions:
     """What one model says on a gate set.
 
@@ -34,11 +61,90 @@ class Predictions:
         predicted: (N,) column of the likeliest label; None when there is no usable answer.
         broken: how many scores are NaN or infinite.
         problem: why there is no answer at all.
+        scores: (N, L) as the engine gave them, where they are numbers.
     """
 
     predicted: Indices | None
     broken: int = 0
     problem: str = ""
+    scores: NDArray[np.float64] | None = field(default=None, repr=False)
+
+
+@dataclass
+class Subject:
+    """One model that is judged or compared with. It remembers what it was asked.
+
+    Attributes:
+        role: what it is in this evaluation.
+        adapter: the engine's name of it; None is the base alone.
+        scorer: the engine.
+        gate_set: the stream's public gate set.
+        adapter_dir: where its files are; None for the base.
+        root: the workspace, from which relative paths in options are read.
+        timer: asks the engine that will serve and takes the time; None where none can be asked.
+    """
+
+    role: Role
+    adapter: str | None
+    scorer: Scorer
+    gate_set: GateSet
+    adapter_dir: Path | None = None
+    root: Path = field(default_factory=Path)
+    timer: Timer | None = None
+    _predictions: Predictions | None = field(default=None, init=False, repr=False)
+    _answers: dict[tuple[str, int], str] = field(default_factory=dict, init=False, repr=False)
+    _mute: str = field(default="", init=False, repr=False)
+
+    @property
+    def predictions(self) -> Predictions:
+        """Scores of every label on every record of the gate set, and the likeliest of each."""
+        if self._predictions is None:
+            self._predictions = predict(self.scorer, self.adapter, self.gate_set)
+        return self._predictions
+
+    def answers(self, records: Sequence[GateRecord], max_tokens: int = 0) -> list[str]:
+        """Greedy answers to some records' prompts, as the engine gave them.
+
+        Args:
+            records: of the gate set.
+            max_tokens: of an answer; 0: as many as the longest expected answer could have, at most 48.
+
+        Raises:
+            NotMeasured: the engine threw.
+        """
+        return self.says([record.prompt for record in records], max_tokens or self.answer_tokens)
+
+    @property
+    def answer_tokens(self) -> int:
+        """Enough tokens for the gate set's longest answer and its end, within reason."""
+        longest = max((len(answer.encode()) for answer in self.gate_set.answers.values()), default=0)
+        return min(_ANSWER_TOKENS_MAX, 1 + longest)
+
+    def says(self, prompts: Sequence[str], max_tokens: int) -> list[str]:
+        """Greedy answers to any prompts; those asked before are not asked again.
+
+        Raises:
+            NotMeasured: the engine threw, now or before.
+        """
+        if self._mute:
+            raise NotMeasured(self._mute)
+        new = [text for text in dict.fromkeys(prompts) if (text, max_tokens) not in self._answers]
+        if new:
+            try:
+                said = list(self.scorer.generate(self.adapter, new, max_tokens))
+            except Exception as error:
+                self._mute = f"no answers of {self.role}: {one_line(error)}"
+                raise NotMeasured(self._mute) from error
+            if len(said) != len(new):
+                self._mute = f"no answers of {self.role}: the engine gave {len(said)} to {len(new)} prompts"
+                raise NotMeasured(self._mute)
+            self._answers |= {(prompt, max_tokens): text for prompt, text in zip(new, said, strict=True)}
+        return [self._answers[prompt, max_tokens] for prompt in prompts]
+
+    @property
+    def problem(self) -> str:
+        """Why the engine gives no answers; empty while it does."""
+        return self._mute
 
 
 def predict(scorer: Scorer, adapter: str | None, gate_set: GateSet) -> Predictions:
@@ -54,7 +160,7 @@ def predict(scorer: Scorer, adapter: str | None, gate_set: GateSet) -> Predictio
     broken = int((~np.isfinite(scores)).sum())
     if broken:
         return Predictions(None, broken, f"{broken} of {scores.size} scores are NaN or infinite")
-    return Predictions(scores.argmax(axis=1).astype(np.int64))
+    return Predictions(scores.argmax(axis=1).astype(np.int64), scores=scores)
 
 
 def one_line(error: Exception) -> str:
