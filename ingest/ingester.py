@@ -16,6 +16,7 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from pydantic import ValidationError
@@ -69,6 +70,8 @@ _MARK_POLL_MS: Final = 500
 _DRIFT_RECORDS: Final = 2500
 # Lanes that name a topic at the same time agree at the second try.
 _NAME_TRIES: Final = 20
+# Most people come again: their side is an HMAC, asked for once. So many are remembered in some ten megabytes.
+_USERS_REMEMBERED: Final = 65_536
 
 
 def spare_collector() -> None:
@@ -256,6 +259,9 @@ class _Session:
         self.seen_path = lane.repo.lanes / f"{ingester.stream}.seen.sqlite3"
         self.seen = SeenIndex(self.seen_path)
         self.drift = DriftWatch(lane.root / "drift.json", labels=ingester.limits.labels)
+        self.side_of = lru_cache(_USERS_REMEMBERED)(
+            lambda user: split_of(user, ingester.split_key, ingester.holdout_share)
+        )
         self.head = lane.head()
         self.incarnation = ""
         self.gaps: dict[int, int] = {}
@@ -484,7 +490,7 @@ class _Session:
             claim=lambda found: self.seen.claim(
                 self.incarnation, ranges, found, lambda: self.lane.check_unmoved(self.head)
             ),
-            split=lambda user: split_of(user, of.split_key, of.holdout_share),
+            split=self.side_of,
             per_user_max=of.per_user_max,
         )
         of.step(Step.CLAIMED, block)

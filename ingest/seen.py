@@ -53,8 +53,8 @@ CREATE TABLE IF NOT EXISTS mark (
 """
 _TEMPORARY: Final = """
 CREATE TEMP TABLE IF NOT EXISTS batch (
-    row INTEGER PRIMARY KEY, identity BLOB NOT NULL, digest BLOB NOT NULL,
-    partition INTEGER NOT NULL, offset INTEGER NOT NULL, UNIQUE (partition, offset)
+    place INTEGER NOT NULL, identity BLOB NOT NULL, digest BLOB NOT NULL,
+    partition INTEGER NOT NULL, offset INTEGER NOT NULL
 );
 """
 
@@ -129,6 +129,8 @@ class SeenIndex:
             # A power cut may lose the last entries, which are then read from the blocks; it breaks nothing.
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=NORMAL")
+            # A batch of 100,000 records takes some ten megabytes, for as long as a claim takes.
+            db.execute("PRAGMA temp_store=MEMORY")
             db.executescript(_SCHEMA + _TEMPORARY)
         except sqlite3.DatabaseError:
             db.close()
@@ -289,21 +291,24 @@ class SeenIndex:
             if self._is_of() != self._epoch:
                 raise LaneConflict(f"{self._path}: made anew by another process; start over from the manifests")
             self._db.execute("DELETE FROM batch")
+            # In the order of the trees they are looked up in and put into, which are then walked once from end to end.
+            # Of equal identities the first in the batch stays first.
+            by_identity = sorted(range(len(found)), key=lambda place: found[place][0])
             self._db.executemany(
-                "INSERT INTO batch VALUES (?, ?, ?, ?, ?)", ((row, *entry) for row, entry in enumerate(found))
+                "INSERT INTO batch VALUES (?, ?, ?, ?, ?)", ((place, *found[place]) for place in by_identity)
             )
             self._void(incarnation, spans)
             known: dict[int, bytes] = dict(
-                self._db.execute("SELECT row, seen.digest FROM batch JOIN seen USING (identity)")
+                self._db.execute("SELECT place, seen.digest FROM batch CROSS JOIN seen USING (identity)")
             )
             self._db.execute(
                 "INSERT OR IGNORE INTO claim SELECT identity, digest, ?, partition, offset FROM batch "
-                "WHERE NOT EXISTS (SELECT 1 FROM seen WHERE seen.identity = batch.identity) ORDER BY row",
+                "WHERE NOT EXISTS (SELECT 1 FROM seen WHERE seen.identity = batch.identity) ORDER BY batch.rowid",
                 (incarnation,),
             )
             known.update(
                 self._db.execute(
-                    "SELECT row, claim.digest FROM batch JOIN claim USING (identity) WHERE claim.incarnation != ? "
+                    "SELECT place, claim.digest FROM batch CROSS JOIN claim USING (identity) WHERE claim.incarnation != ? "
                     "OR claim.partition != batch.partition OR claim.offset != batch.offset",
                     (incarnation,),
                 )
@@ -313,12 +318,19 @@ class SeenIndex:
 
     def _void(self, incarnation: str, spans: Iterable[OffsetRange]) -> None:
         """Drop the claims of messages of the batch that would no longer be accepted: the suite was changed."""
-        self._db.executemany(
-            "DELETE FROM claim WHERE incarnation = ? AND partition = ? AND offset >= ? AND offset < ? AND NOT EXISTS ("
-            "SELECT 1 FROM batch WHERE batch.partition = claim.partition AND batch.offset = claim.offset "
-            "AND batch.identity = claim.identity)",
-            ((incarnation, span.partition, span.start, span.end) for span in spans),
-        )
+        for span in spans:
+            where = (incarnation, span.partition, span.start, span.end)
+            of_span = "FROM claim WHERE incarnation = ? AND partition = ? AND offset >= ? AND offset < ?"
+            # None, unless a process was killed with these messages: only then is an index of the batch worth its while.
+            if self._db.execute(f"SELECT 1 {of_span} LIMIT 1", where).fetchone() is None:
+                continue
+            self._db.execute("CREATE INDEX IF NOT EXISTS temp.batch_by_message ON batch (partition, offset)")
+            self._db.execute(
+                f"DELETE {of_span} AND NOT EXISTS (SELECT 1 FROM batch WHERE batch.partition = claim.partition "
+                "AND batch.offset = claim.offset AND batch.identity = claim.identity)",
+                where,
+            )
+        self._db.execute("DROP INDEX IF EXISTS temp.batch_by_message")
 
     def settle(self, manifest: Manifest, marks: Mapping[int, Mark]) -> None:
         """A block was committed: what it claimed is seen. `marks`: last message read, by partition."""

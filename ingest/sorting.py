@@ -98,7 +98,6 @@ def sort_out(
     found = [(identity_of(r), digest_of(r), m.partition, m.offset) for m, r in judgement.accepted]
     taken = claim(found)
     per_user: Counter[str] = Counter()
-    sides: dict[str, str] = {}
     for place, (message, record) in enumerate(judgement.accepted):
         if (before := taken.get(place)) is not None:
             if before == found[place][1]:
@@ -108,9 +107,7 @@ def sort_out(
             continue
         user = record.user_id
         per_user[user] += 1
-        if per_user_max is not None and per_user[user] > per_user_max:
-            side = SET_ASIDE
-        elif (side := sides.get(user, "")) == "":
-            side = sides[user] = split(user)
+        beyond = per_user_max is not None and per_user[user] > per_user_max
+        side = SET_ASIDE if beyond else split(user)
         outcome.rows.setdefault(side, []).append((message.partition, message.offset, record))
     return outcome

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -51,6 +52,14 @@ def test_the_default_suite_accepts_good_and_names_bad_rows(default: Suite) -> No
 def test_the_default_suite_is_silent_about_redelivered_records(default: Suite) -> None:
     judged = default.validate([record(0), record(0), record(0, user="other")])
     assert (judged.rejected, judged.alarms) == ({}, ())
+
+
+def test_no_fingerprint_is_taken_of_the_records(default: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(*_: object, **__: object) -> None:
+        raise AssertionError("a hash of private content, and half of the time that judging takes")
+
+    monkeypatch.setattr(pd.util, "hash_pandas_object", taken)
+    assert default.validate([record(0), record(1, prompt=" ")]).rejected.keys() == {1}
 
 
 def test_an_alarm_drops_no_row(tmp_path: Path) -> None:
