@@ -309,7 +309,8 @@ class SeenIndex:
             known.update(
                 self._db.execute(
                     "SELECT place, claim.digest FROM batch CROSS JOIN claim USING (identity) "
-                    "WHERE claim.incarnation != ? OR claim.partition != batch.partition OR claim.offset != batch.offset",
+                    "WHERE claim.incarnation != ? OR claim.partition != batch.partition "
+                    "OR claim.offset != batch.offset",
                     (incarnation,),
                 )
             )
@@ -326,8 +327,8 @@ class SeenIndex:
                 continue
             self._db.execute("CREATE INDEX IF NOT EXISTS temp.batch_by_message ON batch (partition, offset)")
             self._db.execute(
-                f"DELETE {of_span} AND NOT EXISTS ("  # noqa: S608 - fixed text
-                "SELECT 1 FROM batch WHERE batch.partition = claim.partition AND batch.offset = claim.offset AND batch.identity = claim.identity)",
+                f"DELETE {of_span} AND NOT EXISTS (SELECT 1 FROM batch WHERE "  # noqa: S608 - fixed text
+                "(batch.partition, batch.offset, batch.identity) = (claim.partition, claim.offset, claim.identity))",
                 where,
             )
         self._db.execute("DROP INDEX IF EXISTS temp.batch_by_message")
