@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Python puts this folder first, where bench/learner.py would stand in for the package `learner`.
 sys.path[0] = str(ROOT)
 
-from evaluation.gates import CandidateFacts, GatePolicy, evaluate  # noqa: E402
+from evaluation.gates import CandidateFacts, evaluate  # noqa: E402
 from evaluation.gateset import GateSet  # noqa: E402
+from evaluation.policy import GatePolicy  # noqa: E402
 from evaluation.verdict import Evaluation  # noqa: E402
 from ingest.record import Record, RecordLimits, parse  # noqa: E402
 from ingest.split import split_of  # noqa: E402
@@ -135,7 +136,6 @@ def judged(
     from serving.inprocess import InProcessEngine
 
     gates = settings.evaluation
-    fields = {field.name for field in dataclasses.fields(GatePolicy)}
     with InProcessEngine(base, system=settings.learner.system, threads=threads) as engine:
         engine.load("candidate", adapter)
         if live is not None:
@@ -144,7 +144,7 @@ def judged(
         parent = read_adapter(live, base=base) if live else None
         return evaluate(
             GateSet.load(ROOT / "examples" / f"{STREAM}-gates.jsonl"),
-            GatePolicy(**{name: value for name, value in gates.model_dump().items() if name in fields}),
+            GatePolicy(gates.gates, gates.samples_min, gates.samples_per_domain_min),
             engine,
             candidate="candidate",
             live="live" if live is not None else None,

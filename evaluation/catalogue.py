@@ -40,7 +40,24 @@ prompts of its own, with a budget of seconds."""
 Measure = Callable[[Subject, Mapping[str, Any]], Measurement]
 
 # Where each named metric is: read only when a gate asks for it.
-BUILT_IN: dict[str, str] = {}
+BUILT_IN: dict[str, str] = {
+    "accuracy": "evaluation.labels:accuracy",
+    "macro_f1": "evaluation.labels:macro_f1",
+    "weighted_f1": "evaluation.labels:weighted_f1",
+    "recall": "evaluation.labels:recall",
+    "calibration": "evaluation.labels:calibration",
+    "perplexity": "evaluation.labels:perplexity",
+    "exact_match": "evaluation.texts:exact_match",
+    "empty_answers": "evaluation.texts:empty_answers",
+    "refusals": "evaluation.texts:refusals",
+    "rouge_l": "evaluation.texts:rouge_l",
+    "bleu": "evaluation.texts:bleu",
+    "similarity": "evaluation.texts:similarity",
+    "latency_p50": "evaluation.running:latency_p50",
+    "latency_p95": "evaluation.running:latency_p95",
+    "tokens_per_second": "evaluation.running:tokens_per_second",
+    "adapter_bytes": "evaluation.running:adapter_bytes",
+}
 
 _PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z")
 
@@ -76,11 +93,19 @@ class Metric:
             PolicyError: there is no such option.
             NotMeasured: why it could not be measured.
         """
-        given = dict(options or {})
+        return self.measure(subject, self.settle(options or {}))
+
+    def settle(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options with the defaults of those that are not given.
+
+        Raises:
+            PolicyError: there is no such option.
+        """
+        given = dict(options)
         if unknown := sorted(set(given) - set(self.options)):
             known = ", ".join(self.options) or "none"
             raise PolicyError(f"metric {self.name}: options={', '.join(unknown)}: there are none such; it has: {known}")
-        return self.measure(subject, {**self.options, **given})
+        return {**self.options, **given}
 
 
 def metric(
@@ -113,8 +138,9 @@ def find(name: str) -> Metric:
     module, _, attribute = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise PolicyError(f"metric={name}: cannot be imported ({error}); put {module} on PYTHONPATH") from error
+    except Exception as error:
+        # A module of somebody's own may throw anything; the policy is what has to be mended.
+        raise PolicyError(f"metric={name}: cannot be imported ({error}); is {module} on PYTHONPATH?") from error
     if not isinstance(found, Metric):
         raise PolicyError(f"metric={name}: is no metric; put @metric(...) of evaluation.catalogue before it")
     return found

@@ -1,60 +1,38 @@
 """The gates: what a candidate must show before a person is asked to approve it.
 
 Hard gates decide, advisory ones are shown. A hard gate that fails makes the outcome `failed`; else one that could not
-be decided (too few records, a scorer that broke) makes it `undecided`; only when all hard gates passed is it `passed`.
+be decided (too few records, a metric that broke, a file that is missing) makes it `undecided`; only when all hard
+gates passed is it `passed`.
+
+What costs least is measured first, and when a hard gate has failed nothing that costs more is, unless everything is
+asked for. Three gates are not in any policy, because nobody may switch them off: the weights changed and are numbers,
+every block's budget was kept, the noise was private.
 """
 
+from __future__ import annotations
+
+import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import structlog
 
+from evaluation.catalogue import COSTS, Metric, find
+from evaluation.errors import NotMeasured, PolicyError
 from evaluation.gateset import GateSet
-from evaluation.metrics import (
-    ACCURACY_VERSION,
-    FORGETTING_VERSION,
-    FORMAT_VERSION,
-    MACRO_F1_VERSION,
-    MCNEMAR_VERSION,
-    Paired,
-    Score,
-    p_different,
-    smallest_visible_drop,
-)
+from evaluation.judging import Judged, judge, slices_of, unknown
+from evaluation.measurement import Measurement
+from evaluation.metrics import score
+from evaluation.policy import GatePolicy, Rule
 from evaluation.private import PrivateScores, gates_of
 from evaluation.private import not_measured as not_measured_privately
-from evaluation.scorer import Predictions, Scorer, one_line, predict
-from evaluation.slices import ALL, Cut, cut
-from evaluation.verdict import Evaluation, Gate, Outcome, Slice
-
-# Long enough for any declared label, short enough that a model that never stops costs little.
-_FORMAT_TOKENS_MAX = 48
+from evaluation.scorer import Predictions, Role, Scorer, Subject, Timer, one_line
+from evaluation.slices import cut
+from evaluation.verdict import Evaluation, Figure, Gate, Outcome, Slice
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True)
-class GatePolicy:
-    """What a candidate must show.
-
-    Attributes:
-        samples_min: records a gate set needs before its overall figures decide anything.
-        samples_per_domain_min: records a domain needs before forgetting in it is decided.
-        accuracy_min: of all records, 0 to 1.
-        better_than_base_p_max: of the two-sided exact McNemar test against the base.
-        forgetting_points_max: percentage points a domain may lose against live, however sure the loss.
-        forgetting_p_max: how often, at most, a candidate that forgot nothing is stopped by this gate.
-        format_samples: greedy answers generated for the advisory format gate; 0 leaves it out.
-    """
-
-    samples_min: int = 100
-    samples_per_domain_min: int = 20
-    accuracy_min: float = 0.0
-    better_than_base_p_max: float = 0.01
-    forgetting_points_max: float = 3.0
-    forgetting_p_max: float = 0.05
-    format_samples: int = 32
 
 
 @dataclass(frozen=True)
@@ -84,22 +62,80 @@ class CandidateFacts:
     promise: str = ""
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """Everything the gates look at."""
+def check(policy: GatePolicy) -> tuple[tuple[Rule, Metric], ...]:
+    """Every public rule with its metric, imported.
 
-    policy: GatePolicy
-    facts: CandidateFacts
-    candidate: Predictions
-    live: Predictions | None
-    base: Predictions
-    cuts: tuple[Cut, ...]
-    private: PrivateScores | None
+    Raises:
+        PolicyError: a metric does not exist, has no such option, or two gates have one name.
+    """
+    titles = [rule.title for rule in policy.rules]
+    if twice := sorted({title for title in titles if titles.count(title) > 1}):
+        raise PolicyError(f"gates={', '.join(twice)}: two gates have this name; give one of them another by `name`")
+    found = []
+    for rule in policy.of("public"):
+        metric = find(rule.metric)
+        metric.settle(rule.options)
+        found.append((rule, metric))
+    return tuple(found)
 
-    @property
-    def overall(self) -> Cut:
-        """The slice of all records."""
-        return self.cuts[0]
+
+@dataclass
+class _Bench:
+    """The models, and what was measured of them: each metric once a model."""
+
+    subjects: Mapping[Role, Subject]
+    progress: Callable[[int, int, str], None]
+    total: int
+    found: dict[tuple[str, str, Role], tuple[Metric, Measurement | NotMeasured]] = field(default_factory=dict)
+
+    def measure(self, rule: Rule, metric: Metric, role: Role) -> Measurement:
+        """The measurement of one model.
+
+        Raises:
+            NotMeasured: it cannot be had, whatever the metric threw.
+        """
+        key = (rule.metric, json.dumps(rule.options, sort_keys=True), role)
+        if key not in self.found:
+            self.progress(len(self.found), self.total, f"{metric.name} of {self.subjects[role].named}")
+            self.found[key] = (metric, self._ask(rule, metric, self.subjects[role]))
+        _, seen = self.found[key]
+        if isinstance(seen, NotMeasured):
+            raise seen
+        return seen
+
+    def _ask(self, rule: Rule, metric: Metric, subject: Subject) -> Measurement | NotMeasured:
+        try:
+            measured = metric(subject, rule.options)
+        except NotMeasured as error:
+            return error
+        except Exception as error:  # noqa: BLE001 - whatever a metric throws must end in `undecided`
+            return NotMeasured(f"the metric threw on {subject.named} ({one_line(error)})")
+        if not isinstance(measured, Measurement):
+            return NotMeasured(f"the metric gave a {type(measured).__name__} for {subject.named}, not a Measurement")
+        return measured
+
+    def known(self, rule: Rule, role: Role) -> bool:
+        """Whether it was measured already."""
+        return (rule.metric, json.dumps(rule.options, sort_keys=True), role) in self.found
+
+    def figures(self) -> tuple[Figure, ...]:
+        """Every measured metric of every model, over all records and by domain."""
+        figures: list[Figure] = []
+        for (_, options, role), (metric, seen) in self.found.items():
+            if isinstance(seen, NotMeasured) or seen.broken or not seen.n:
+                continue
+            version = seen.version or metric.version
+            parts = slices_of(seen, "domain" if "domain" in seen.groups else "whole")
+            try:
+                told = [(name, score(seen, chosen)) for name, chosen in parts]
+            except Exception:  # noqa: BLE001, S112 - a statistic that throws: its gate says so
+                continue
+            shown = json.loads(options)
+            figures += [
+                Figure(metric.name, version, metric.unit, metric.better, role, name, value, shown)
+                for name, value in told
+            ]
+        return tuple(figures)
 
 
 def evaluate(
@@ -110,12 +146,16 @@ def evaluate(
     candidate: str,
     live: str | None,
     facts: CandidateFacts,
-    private: PrivateScores | None = None,
+    private: Callable[[], PrivateScores] | None = None,
+    everything: bool = False,
+    folders: Mapping[str, Path] | None = None,
+    root: Path | None = None,
+    timer: Timer | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Evaluation:
     """Judge a candidate on a gate set.
 
-    Never raises for what a candidate or a scorer does: that is an outcome with a reason.
+    Never raises for what a candidate, an engine or a metric does: that is an outcome with a reason.
 
     Args:
         gate_set: declared and public.
@@ -124,155 +164,213 @@ def evaluate(
         candidate: name of the adapter that is judged.
         live: name of the adapter that answers now; None when nothing is live.
         facts: what is known of the candidate besides its scores.
-        private: noisy scores on the stream's own holdout, charged before; None: only the gate set is asked.
+        private: charges for, and gives, noisy scores on the stream's own holdout; called last, when nothing has
+            failed, and only if the policy has private gates. None: nobody may ask the holdout.
+        everything: also measure what costs more than a hard gate that failed; never the holdout.
+        folders: where the adapters' files are, by the engine's names.
+        root: the workspace, for relative paths in options.
+        timer: takes the time of answers of the engine that will serve.
         progress: told (done, total, what begins).
+
+    Raises:
+        PolicyError: the policy asks for what does not exist; `check` says so before a round is spent.
     """
-    step = progress or (lambda _done, _total, _what: None)
-    models = 4
-    step(0, models, "scoring the candidate")
-    of_candidate = predict(scorer, candidate, gate_set)
-    step(1, models, "scoring the base")
-    of_base = predict(scorer, None, gate_set)
-    step(2, models, "scoring what is live")
-    of_live = predict(scorer, live, gate_set) if live is not None else None
-    step(3, models, "generating answers")
-    wanted = policy.format_samples if of_candidate.predicted is not None else 0
-    in_form, threw = _format_gate(scorer, candidate, gate_set, wanted)
-    step(models, models, "done")
-    domains = {record.domain: policy.samples_per_domain_min for record in gate_set.records}
-    cuts = cut(gate_set, of_candidate, of_live, of_base, {**domains, ALL: policy.samples_min})
-    seen = _Seen(policy, facts, of_candidate, of_live, of_base, cuts, private)
-    gates = (
-        _scores_finite(seen, threw),
-        _accuracy(seen),
-        _better_than_base(seen),
-        *(() if of_live is None else (_forgetting(seen, of_live),)),
-        _weights_changed(facts),
-        _budget_kept(facts),
-        _private_noise(facts),
-        _macro_f1(seen),
-        *(() if of_live is None else (_better_than_live(seen, of_live),)),
-        *in_form,
-        *(() if private is None else gates_of(private, policy, live=of_live is not None)),
-    )
-    outcome = _outcome(gates)
-    log.info("candidate judged", outcome=outcome, gate_set=gate_set.name, records=len(gate_set.records))
-    return Evaluation(
-        outcome=outcome,
-        reasons=_reasons(outcome, gates, seen),
-        gates=gates,
-        slices=tuple(one.shown for one in cuts),
-        not_measured=_not_measured(seen),
-        gate_set={
-            "name": gate_set.name,
-            "sha256": gate_set.sha256,
-            "n": len(gate_set.records),
-            "data": gate_set.data,
-        },
-        facts=facts,
-        private=private,
-    )
+    rules = check(policy)
+
+    def subject(role: Role, adapter: str | None) -> Subject:
+        folder = (folders or {}).get(adapter or "")
+        return Subject(role, adapter, scorer, gate_set, folder, root or Path(), timer)
+
+    subjects: dict[Role, Subject] = {"candidate": subject("candidate", candidate), "base": subject("base", None)}
+    if live is not None:
+        subjects["live"] = subject("live", live)
+    bench = _Bench(subjects, progress or (lambda _done, _total, _what: None), _total(rules, live=live is not None))
+    run = _Run(policy, facts, bench, everything)
+    run.public(rules)
+    run.holdout(private, live=live is not None)
+    bench.progress(bench.total, bench.total, "done")
+    return run.evaluation(gate_set)
 
 
-def _outcome(gates: tuple[Gate, ...]) -> Outcome:
+def _total(rules: Sequence[tuple[Rule, Metric]], *, live: bool) -> int:
+    """How many measurements the rules need, at most."""
+    needed = {
+        (rule.metric, json.dumps(rule.options, sort_keys=True), role) for rule, _ in rules for role in _roles(rule)
+    }
+    return sum(role != "live" or live for _, _, role in needed)
+
+
+def _roles(rule: Rule) -> tuple[Role, ...]:
+    """Which models a rule looks at, the candidate first."""
+    return ("candidate",) if rule.against == "absolute" else ("candidate", rule.against)
+
+
+@dataclass
+class _Run:
+    """One evaluation on its way."""
+
+    policy: GatePolicy
+    facts: CandidateFacts
+    bench: _Bench
+    everything: bool
+    gates: list[Gate] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    scores: PrivateScores | None = None
+
+    @property
+    def candidate(self) -> Subject:
+        """The model that is judged."""
+        return self.bench.subjects["candidate"]
+
+    @property
+    def failed(self) -> str:
+        """The first hard gate that failed; empty while none has."""
+        return next((gate.name for gate in self.gates if gate.hard and gate.outcome == "failed"), "")
+
+    def public(self, rules: Sequence[tuple[Rule, Metric]]) -> None:
+        """Run the gates on public data, by cost, in the policy's order within a cost."""
+        self.gates += [_weights_changed(self.facts), _budget_kept(self.facts)]
+        for cost in COSTS:
+            stopped = self.failed
+            for rule, metric in (one for one in rules if one[1].cost == cost):
+                if rule.against == "live" and "live" not in self.bench.subjects:
+                    continue
+                # What must be generated costs so much that the rest of its kind is left out at once.
+                stop = stopped or (self.failed if COSTS.index(cost) > COSTS.index("scores") else "")
+                if stop and not self.everything and not all(self.bench.known(rule, role) for role in _roles(rule)):
+                    self.left_out.append(rule.title)
+                    continue
+                self._add(self._judge(rule, metric))
+            if cost == "scores":
+                self._finite()
+        self._told_by_engine()
+        self.gates.append(_private_noise(self.facts))
+
+    def _add(self, judged: Judged) -> None:
+        self.gates.append(judged.gate)
+        self.notes += judged.notes
+
+    def _judge(self, rule: Rule, metric: Metric) -> Judged:
+        """One rule; live and the base are not measured for a candidate that cannot be."""
+        try:
+            ours = self.bench.measure(rule, metric, "candidate")
+            if ours.broken or rule.against == "absolute":
+                return judge(rule, metric, self.policy, ours, None)
+            return judge(rule, metric, self.policy, ours, self.bench.measure(rule, metric, rule.against))
+        except NotMeasured as error:
+            return Judged(unknown(rule, metric, str(error)))
+        except Exception as error:  # noqa: BLE001 - a statistic is the metric's own code too
+            return Judged(unknown(rule, metric, f"the metric's statistic threw ({one_line(error)})"))
+
+    def _finite(self) -> None:
+        """A candidate with NaN scores has failed; an engine that broke leaves it undecided. Nobody switches it off."""
+        said = self.candidate.asked_for_labels
+        self.gates.insert(0, _scores_finite(said if said is not None else self._first_record()))
+
+    def _first_record(self) -> Predictions:
+        """Where no gate asks for labels: one record's expected completion, scored."""
+        if self.failed:
+            return Predictions(None, problem="it was not scored, since a gate failed before")
+        subject, record = self.candidate, self.candidate.gate_set.records[0]
+        try:
+            found = float(subject.scorer.score_labels(subject.adapter, [record.prompt], [record.completion])[0, 0])
+        except Exception as error:  # noqa: BLE001 - whatever an engine throws must end in `undecided`
+            return Predictions(None, problem=one_line(error))
+        if not math.isfinite(found):
+            return Predictions(None, 1, "1 of 1 scores are NaN or infinite")
+        return Predictions(None)
+
+    def _told_by_engine(self) -> None:
+        """An engine that threw when it was asked to write leaves the candidate undecided."""
+        if self.candidate.problem and self.gates[0].outcome == "passed":
+            self.gates[0] = _scores_finite(Predictions(None, problem=self.candidate.problem))
+
+    def holdout(self, private: Callable[[], PrivateScores] | None, *, live: bool) -> None:
+        """Ask the holdout, last: what it tells is paid for."""
+        rules = [rule for rule in self.policy.of("private") if live or rule.against != "live"]
+        if not rules:
+            return
+        if self.failed:
+            self.left_out += [rule.title for rule in rules]
+            return
+        self.scores = private() if private else PrivateScores(None, refusal="the holdout may not be asked here")
+        self.gates += gates_of(self.scores, rules, self.policy)
+
+    def evaluation(self, gate_set: GateSet) -> Evaluation:
+        """All of it, put together."""
+        outcome = _outcome(self.gates)
+        slices = self._slices(gate_set)
+        log.info("candidate judged", outcome=outcome, gate_set=gate_set.name, records=len(gate_set.records))
+        return Evaluation(
+            outcome=outcome,
+            reasons=self._reasons(outcome),
+            gates=tuple(self.gates),
+            slices=slices,
+            not_measured=self._not_measured(),
+            gate_set={
+                "name": gate_set.name,
+                "sha256": gate_set.sha256,
+                "n": len(gate_set.records),
+                "data": gate_set.data,
+            },
+            facts=self.facts,
+            private=self.scores,
+            figures=self.bench.figures(),
+            policy_sha256=self.policy.sha256,
+        )
+
+    def _slices(self, gate_set: GateSet) -> tuple[Slice, ...]:
+        said = {role: subject.asked_for_labels for role, subject in self.bench.subjects.items()}
+        needed = {record.domain: self.policy.samples_per_domain_min for record in gate_set.records}
+        return cut(gate_set, said, {**needed, "": self.policy.samples_min})
+
+    def _reasons(self, outcome: Outcome) -> tuple[str, ...]:
+        if outcome != "passed":
+            return tuple(gate.sentence for gate in self.gates if gate.hard and gate.outcome == outcome)
+        compared = {rule.title for rule in self.policy.rules if rule.hard and rule.asks != "reach"}
+        sentences = [gate.sentence for gate in self.gates if gate.name in compared]
+        if "live" not in self.bench.subjects:
+            sentences.append("nothing is live yet that could be forgotten")
+        return tuple(sentences or ["every gate that decides passed"])
+
+    def _not_measured(self) -> tuple[str, ...]:
+        """What a reader might believe was checked, and was not."""
+        said = ["whether gate prompts also occur in the private training data: looking would read private data"]
+        if self.scores is None:
+            said.append(
+                "anything on private records: this gate set is public, the stream's own holdout is not released"
+            )
+        else:
+            said += not_measured_privately(self.scores, self.policy)
+        if "live" not in self.bench.subjects:
+            names = [rule.title for rule in self.policy.rules if rule.against == "live"]
+            if names:
+                said.append(f"forgetting and the gain over live ({', '.join(names)}): nothing is live yet")
+        if self.left_out:
+            said.append(f"{', '.join(self.left_out)}: {self.failed} failed before, and they cost more to measure")
+        unknown_gates = (gate for gate in self.gates if gate.value is None and gate.outcome == "undecided")
+        said += [f"{gate.name}: {gate.sentence}" for gate in unknown_gates]
+        return tuple(said + self.notes)
+
+
+def _outcome(gates: Sequence[Gate]) -> Outcome:
     found = {gate.outcome for gate in gates if gate.hard}
     if "failed" in found:
         return "failed"
     return "undecided" if "undecided" in found else "passed"
 
 
-def _reasons(outcome: Outcome, gates: tuple[Gate, ...], seen: _Seen) -> tuple[str, ...]:
-    if outcome != "passed":
-        return tuple(gate.sentence for gate in gates if gate.hard and gate.outcome == outcome)
-    told = ("better_than_base", "forgetting")
-    sentences = [gate.sentence for gate in gates if gate.name in told]
-    return tuple(sentences if seen.live else [*sentences, "nothing is live yet that could be forgotten"])
-
-
-def _scores_finite(seen: _Seen, threw: str) -> Gate:
+def _scores_finite(said: Predictions) -> Gate:
     """A candidate with NaN scores has failed; an engine that broke leaves it undecided."""
-    broken = seen.candidate.broken
     outcome: Outcome = "passed"
     sentence = "every score is a finite number"
-    if broken:
-        outcome, sentence = "failed", f"the candidate is broken: {seen.candidate.problem}"
-    elif seen.candidate.problem or threw:
-        outcome, sentence = "undecided", f"the candidate could not be scored ({seen.candidate.problem or threw})"
-    value = float(broken) if broken or not seen.candidate.problem else None
+    if said.broken:
+        outcome, sentence = "failed", f"the candidate is broken: {said.problem}"
+    elif said.problem:
+        outcome, sentence = "undecided", f"the candidate could not be scored ({said.problem})"
+    value = float(said.broken) if said.broken or not said.problem else None
     return Gate("scores_finite", "scores-finite/1", outcome, sentence, "0 scores NaN or infinite", value=value)
-
-
-def _accuracy(seen: _Seen) -> Gate:
-    bound = f">= {seen.policy.accuracy_min:.3f}"
-    whole = seen.overall.shown
-    if whole.candidate is None:
-        return _unknown("accuracy", ACCURACY_VERSION, bound, "accuracy is unknown: there are no scores")
-    score = whole.candidate.accuracy
-    enough = score.n >= seen.policy.samples_min
-    outcome: Outcome = ("passed" if score.value >= seen.policy.accuracy_min else "failed") if enough else "undecided"
-    sentence = f"accuracy is {score.value:.3f} on {score.n} records"
-    if not enough:
-        sentence += f", {seen.policy.samples_min} are needed to decide"
-    elif outcome == "failed":
-        sentence += f", must be {bound}"
-    return Gate("accuracy", ACCURACY_VERSION, outcome, sentence, bound, score.value, score.se, score.n)
-
-
-def _better_than_base(seen: _Seen) -> Gate:
-    return _better("better_than_base", "the base", seen.overall.against_base, seen.base.problem, seen, hard=True)
-
-
-def _better_than_live(seen: _Seen, live: Predictions) -> Gate:
-    return _better("better_than_live", "live", seen.overall.against_live, live.problem, seen, hard=False)
-
-
-def _better(name: str, other: str, pair: Paired | None, problem: str, seen: _Seen, *, hard: bool) -> Gate:
-    """A real gain by the two-sided exact McNemar test."""
-    p_max = seen.policy.better_than_base_p_max
-    bound = f"gain > 0, p <= {p_max:g}"
-    if pair is None:
-        why = f"{other} could not be scored ({problem})" if problem else "there are no scores"
-        return _unknown(name, MCNEMAR_VERSION, bound, f"the gain over {other} is unknown: {why}", hard=hard)
-    gain, p = pair.gain, p_different(pair)
-    enough = gain.n >= seen.policy.samples_min
-    outcome: Outcome = ("passed" if gain.value > 0 and p <= p_max else "failed") if enough else "undecided"
-    sentence = f"{100 * gain.value:+.1f} points against {other} on {gain.n} records (p {_p(p)})"
-    if not enough:
-        sentence += f", {seen.policy.samples_min} are needed to decide"
-    elif outcome == "failed":
-        sentence += f", must be {bound}"
-    return Gate(name, MCNEMAR_VERSION, outcome, sentence, bound, 100 * gain.value, 100 * gain.se, gain.n, p, hard)
-
-
-def _forgetting(seen: _Seen, live: Predictions) -> Gate:
-    """No domain, nor the whole, may be worse than live by more than the allowed points and beyond chance."""
-    policy = seen.policy
-    bound = f"drop <= {policy.forgetting_points_max:g} points, or p > {policy.forgetting_p_max:g} after Holm"
-    parts = [(part, part.gain_over_live) for part in (one.shown for one in seen.cuts)]
-    known = [(part, gain) for part, gain in parts if gain is not None]
-    if not known:
-        why = f"live could not be scored ({live.problem})" if live.problem else "there are no scores"
-        return _unknown("forgetting", FORGETTING_VERSION, bound, f"forgetting is unknown: {why}")
-    lost = [(part, gain) for part, gain in known if _is_lost(part, gain, policy)]
-    small = [part for part, _ in known if part.p_worse_than_live is None]
-    part, gain = min(lost or known, key=lambda pair: pair[1].value)
-    outcome: Outcome = "failed" if lost else ("undecided" if small else "passed")
-    if lost:
-        names = ", ".join(f"{_name(p)} {100 * g.value:+.1f} points (p {_p(p.p_worse_than_live)})" for p, g in lost)
-        sentence = f"it forgets against live: {names}"
-    elif small:
-        names = ", ".join(f"{_name(p)} has {p.n} records, needs {_needed(p, policy)}" for p in small)
-        sentence = f"forgetting cannot be decided: {names}"
-    else:
-        sentence = f"nothing is forgotten against live (lowest: {_name(part)} {100 * gain.value:+.1f} points)"
-    p = part.p_worse_than_live
-    value, se = -100 * gain.value + 0.0, 100 * gain.se
-    return Gate("forgetting", FORGETTING_VERSION, outcome, sentence, bound, value, se, part.n, p)
-
-
-def _is_lost(part: Slice, gain: Score, policy: GatePolicy) -> bool:
-    p = part.p_worse_than_live
-    return p is not None and p <= policy.forgetting_p_max and -100 * gain.value > policy.forgetting_points_max
 
 
 def _weights_changed(facts: CandidateFacts) -> Gate:
@@ -302,85 +400,3 @@ def _private_noise(facts: CandidateFacts) -> Gate:
     if not facts.private:
         sentence = "trained with test noise: epsilon is infinity, so it can never be promoted"
     return Gate("private_noise", "noise-source/1", outcome, sentence, "noise_source=system")
-
-
-def _macro_f1(seen: _Seen) -> Gate:
-    """Advisory: shown beside accuracy, which decides."""
-    whole = seen.overall.shown
-    if whole.candidate is None:
-        return _unknown("macro_f1", MACRO_F1_VERSION, "shown only", "macro-F1 is unknown", hard=False)
-    score = whole.candidate.macro_f1
-    sentence = f"macro-F1 is {score.value:.3f}"
-    enough: Outcome = "passed" if score.n >= seen.policy.samples_min else "undecided"
-    return Gate(
-        "macro_f1", MACRO_F1_VERSION, enough, sentence, "shown only", score.value, score.se, score.n, hard=False
-    )
-
-
-def _format_gate(scorer: Scorer, candidate: str, gate_set: GateSet, samples: int) -> tuple[tuple[Gate, ...], str]:
-    """Advisory: does the candidate write the very answer when it speaks freely? Also, why its engine threw, if so."""
-    count = min(samples, len(gate_set.records))
-    if not count:
-        return (), ""
-    # Evenly over the file, the same records for every candidate.
-    chosen = [gate_set.records[i * len(gate_set.records) // count] for i in range(count)]
-    # A token is at least one byte, so this many always hold the longest answer and its end.
-    tokens = min(_FORMAT_TOKENS_MAX, 1 + max(len(answer.encode()) for answer in gate_set.answers.values()))
-    try:
-        said = scorer.generate(candidate, [record.prompt for record in chosen], tokens)
-        exact = sum(text.strip() == record.completion.strip() for text, record in zip(said, chosen, strict=True))
-    except Exception as error:  # noqa: BLE001 - whatever an engine throws must end in `undecided`
-        problem = one_line(error)
-        sentence = f"no free answers: {problem}"
-        return (_unknown("format", FORMAT_VERSION, "shown only", sentence, hard=False),), problem
-    share = exact / count
-    se = math.sqrt(share * (1 - share) / max(count - 1, 1))
-    sentence = f"{exact} of {count} free answers are word for word the expected one"
-    return (Gate("format", FORMAT_VERSION, "passed", sentence, "shown only", share, se, count, hard=False),), ""
-
-
-def _unknown(name: str, version: str, bound: str, sentence: str, *, hard: bool = True) -> Gate:
-    return Gate(name, version, "undecided", sentence, bound, hard=hard)
-
-
-def _not_measured(seen: _Seen) -> tuple[str, ...]:
-    """What a reader might believe was checked, and was not."""
-    policy = seen.policy
-    said = ["whether gate prompts also occur in the private training data: looking would read private data"]
-    if seen.private is None:
-        said.append("anything on private records: this gate set is public, the stream's own holdout is not released")
-    else:
-        said += not_measured_privately(seen.private, policy)
-    if seen.live is None:
-        said.append("forgetting and the gain over live: nothing is live yet")
-    if policy.format_samples == 0:
-        said.append("the form of free answers: evaluation.format_samples is 0")
-    parts = [one.shown for one in seen.cuts]
-    tests = sum(part.p_worse_than_live is not None for part in parts)
-    blind = [
-        f"{_name(part)} under {100 * visible:.1f}"
-        for part in parts
-        if part.p_worse_than_live is not None
-        and (visible := smallest_visible_drop(part.n, tests, policy.forgetting_p_max))
-        > policy.forgetting_points_max / 100
-    ]
-    if blind:
-        said.append("small drops against live, for want of records (in points): " + ", ".join(blind))
-    return tuple(said)
-
-
-def _needed(part: Slice, policy: GatePolicy) -> int:
-    needed: Mapping[bool, int] = {True: policy.samples_min, False: policy.samples_per_domain_min}
-    return needed[part.domain == ALL]
-
-
-def _name(part: Slice) -> str:
-    return part.domain or "all records"
-
-
-def _p(p: float | None) -> str:
-    """A p-value as it is read: 3 digits, or its order of magnitude."""
-    if p is None:
-        return "unknown"
-    least = 0.001
-    return f"{p:.3f}" if p >= least else f"< 1e{math.ceil(math.log10(p)) if p else -300}"

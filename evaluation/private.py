@@ -38,7 +38,7 @@ from privacy.canonical import sha256_of
 from privacy.counts import CountsMechanism
 
 if TYPE_CHECKING:
-    from evaluation.gates import GatePolicy
+    from evaluation.policy import GatePolicy, Rule
     from evaluation.scorer import Scorer
     from privacy.ledger import Charge
     from privacy.randomness import KeyedStream
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 ACCURACY_VERSION = "noisy-accuracy/1 summed-loglik one-vote-a-unit"
 FORGETTING_VERSION = "noisy-gain/1 summed-loglik one-vote-a-unit one-sided holm"
 GAIN_VERSION = "noisy-gain/1 summed-loglik one-vote-a-unit two-sided"
+_VERSIONS = {"reach": ACCURACY_VERSION, "hold": FORGETTING_VERSION, "beat": GAIN_VERSION}
 
 # Who was right about a record. Without a live version only the candidate's answer counts.
 PAIRED = ("both", "candidate", "live", "neither")
@@ -55,8 +56,6 @@ ALONE = ("candidate", "neither")
 NOISE_RATIO_MIN = 10.0
 # Agresti and Coull (1998): two successes and two failures more, so that a share of 0 or 1 is not taken for certain.
 _PRIOR = 2.0
-# A floor is passed, or missed, only beyond this one-sided chance; between the two it is undecided.
-_FLOOR_P = 0.05
 _NORMAL = NormalDist()
 ALL = ""
 
@@ -320,35 +319,35 @@ def _gain(of: Mapping[str, float], total: float, spread: float) -> Score:
     return Score(value, math.sqrt(max(differ - value**2, differ / total) / total + noise), round(total))
 
 
-def gates_of(scores: PrivateScores, policy: GatePolicy, *, live: bool) -> tuple[Gate, ...]:
-    """The private gates: a floor and forgetting decide, the gain over live is shown.
+def gates_of(scores: PrivateScores, rules: Sequence[Rule], policy: GatePolicy) -> tuple[Gate, ...]:
+    """The private gates.
 
     Args:
         scores: what the evaluation came to.
-        policy: what must be shown; its bounds are those of the public gates.
-        live: whether something answers that could be forgotten.
+        rules: the policy's private ones; those against live only where something is live.
+        policy: whose the least numbers of samples are.
     """
     if scores.counts is None:
-        names: tuple[tuple[str, str, bool], ...] = (("private_accuracy", ACCURACY_VERSION, True),)
-        if live:
-            names += (
-                ("private_forgetting", FORGETTING_VERSION, True),
-                ("private_better_than_live", GAIN_VERSION, False),
-            )
         return tuple(
-            Gate(name, version, "undecided", scores.refusal, "", hard=hard, data="private", charge_id=scores.charge_id)
-            for name, version, hard in names
+            Gate(
+                rule.title,
+                _VERSIONS[rule.asks],
+                "undecided",
+                scores.refusal,
+                "",
+                hard=rule.hard,
+                data="private",
+                charge_id=scores.charge_id,
+            )
+            for rule in rules
         )
     slices = slices_of(scores.counts, policy.samples_min, policy.samples_per_domain_min)
-    gates = [_floor(slices[0], policy, scores)]
-    if live:
-        gates += [_forgetting(slices, policy, scores), _better(slices[0], policy, scores)]
-    return tuple(gates)
+    judge = {"reach": _floor, "hold": _forgetting, "beat": _better}
+    return tuple(judge[rule.asks](slices, rule, scores) for rule in rules)
 
 
 def _gate(
-    name: str,
-    version: str,
+    rule: Rule,
     outcome: Outcome,
     sentence: str,
     bound: str,
@@ -356,49 +355,47 @@ def _gate(
     scores: PrivateScores,
     *,
     p: float | None = None,
-    hard: bool = True,
     points: float = 1.0,
 ) -> Gate:
     value, se, n = (points * score.value + 0.0, abs(points) * score.se, score.n) if score else (None, None, None)
-    return Gate(name, version, outcome, sentence, bound, value, se, n, p, hard, "private", scores.charge_id)
+    version = _VERSIONS[rule.asks]
+    return Gate(rule.title, version, outcome, sentence, bound, value, se, n, p, rule.hard, "private", scores.charge_id)
 
 
-def _floor(whole: PrivateSlice, policy: GatePolicy, scores: PrivateScores) -> Gate:
-    bound = f">= {policy.accuracy_min:.3f} beyond chance, p <= {_FLOOR_P:g}"
-    score, name = whole.candidate, "private_accuracy"
+def _floor(slices: Sequence[PrivateSlice], rule: Rule, scores: PrivateScores) -> Gate:
+    whole, least, chance = slices[0], rule.limit, rule.chance or 0.0
+    bound = f">= {least:.3f} beyond chance, p <= {chance:g}"
+    score = whole.candidate
     if score is None:
         sentence = f"accuracy on the holdout cannot be decided: {_hidden(whole)}"
-        return _gate(name, ACCURACY_VERSION, "undecided", sentence, bound, None, scores)
+        return _gate(rule, "undecided", sentence, bound, None, scores)
     # Where no floor is asked for, every accuracy is above it.
-    above = _NORMAL.cdf((policy.accuracy_min - score.value) / score.se) if policy.accuracy_min else 0.0
-    outcome: Outcome = "passed" if above <= _FLOOR_P else "failed" if above >= 1 - _FLOOR_P else "undecided"
+    above = _NORMAL.cdf((least - score.value) / score.se) if least else 0.0
+    outcome: Outcome = "passed" if above <= chance else "failed" if above >= 1 - chance else "undecided"
     sentence = f"accuracy on the holdout is {score.value:.3f} ± {score.se:.3f} on about {score.n} {_votes(scores)}"
     if outcome == "failed":
         sentence += f", must be {bound}"
     elif outcome == "undecided":
-        sentence += f", which is neither surely above nor surely below {policy.accuracy_min:.3f}"
-    return _gate(name, ACCURACY_VERSION, outcome, sentence, bound, score, scores)
+        sentence += f", which is neither surely above nor surely below {least:.3f}"
+    return _gate(rule, outcome, sentence, bound, score, scores)
 
 
-def _forgetting(slices: Sequence[PrivateSlice], policy: GatePolicy, scores: PrivateScores) -> Gate:
-    """No visible slice may be worse than live by more than the allowed points and beyond chance.
+def _forgetting(slices: Sequence[PrivateSlice], rule: Rule, scores: PrivateScores) -> Gate:
+    """No visible slice may be worse than live by more than the allowed loss and beyond chance.
 
     A domain that the noise hides is told and decides nothing: how many records it has is not in anybody's hands, and
     the public gate set decides on every domain.
     """
-    bound = f"drop <= {policy.forgetting_points_max:g} points, or p > {policy.forgetting_p_max:g} after Holm"
+    chance = rule.chance or 0.0
+    bound = f"drop <= {100 * rule.limit:g} points, or p > {chance:g} after Holm"
     seen = [(part, part.gain) for part in slices if part.gain is not None]
-    name, hidden = "private_forgetting", [part for part in slices if not part.visible]
+    hidden = [part for part in slices if not part.visible]
     if slices[0].gain is None:
         sentence = f"forgetting on the holdout cannot be decided: {_hidden(slices[0])}"
-        return _gate(name, FORGETTING_VERSION, "undecided", sentence, bound, None, scores)
+        return _gate(rule, "undecided", sentence, bound, None, scores)
     worse = holm([_NORMAL.cdf(gain.value / gain.se) for _, gain in seen])
-    lost = [
-        (part, gain, p)
-        for (part, gain), p in zip(seen, worse, strict=True)
-        if p <= policy.forgetting_p_max and -100 * gain.value > policy.forgetting_points_max
-    ]
     found = [(part, gain, p) for (part, gain), p in zip(seen, worse, strict=True)]
+    lost = [one for one in found if one[2] <= chance and -one[1].value > rule.limit]
     part, gain, p = min(lost or found, key=lambda one: one[1].value)
     if lost:
         names = ", ".join(f"{_name(a)} {100 * b.value:+.1f} ± {100 * b.se:.1f} points (p {c:.3f})" for a, b, c in lost)
@@ -410,21 +407,20 @@ def _forgetting(slices: Sequence[PrivateSlice], policy: GatePolicy, scores: Priv
         )
     if hidden:
         sentence += f"; hidden by the noise: {', '.join(_name(one) for one in hidden)}"
-    return _gate(
-        name, FORGETTING_VERSION, "failed" if lost else "passed", sentence, bound, gain, scores, p=p, points=-100.0
-    )
+    return _gate(rule, "failed" if lost else "passed", sentence, bound, gain, scores, p=p, points=-100.0)
 
 
-def _better(whole: PrivateSlice, policy: GatePolicy, scores: PrivateScores) -> Gate:
-    bound = f"gain > 0, p <= {policy.better_than_base_p_max:g}"
-    gain, name = whole.gain, "private_better_than_live"
+def _better(slices: Sequence[PrivateSlice], rule: Rule, scores: PrivateScores) -> Gate:
+    whole, chance = slices[0], rule.chance or 0.0
+    bound = f"gain > {100 * rule.limit:g} points, p <= {chance:g}"
+    gain = whole.gain
     if gain is None:
         sentence = f"the gain on the holdout is unknown: {_hidden(whole)}"
-        return _gate(name, GAIN_VERSION, "undecided", sentence, bound, None, scores, hard=False)
+        return _gate(rule, "undecided", sentence, bound, None, scores)
     p = 2 * _NORMAL.cdf(-abs(gain.value) / gain.se)
-    outcome: Outcome = "passed" if gain.value > 0 and p <= policy.better_than_base_p_max else "failed"
+    outcome: Outcome = "passed" if gain.value > rule.limit and p <= chance else "failed"
     sentence = f"{100 * gain.value:+.1f} ± {100 * gain.se:.1f} points against live on about {gain.n} {_votes(scores)}"
-    return _gate(name, GAIN_VERSION, outcome, sentence, bound, gain, scores, p=p, hard=False, points=100.0)
+    return _gate(rule, outcome, sentence, bound, gain, scores, p=p, points=100.0)
 
 
 def _votes(scores: PrivateScores) -> str:

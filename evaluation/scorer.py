@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,13 +35,22 @@ class Scorer(Protocol):
         ...
 
 
+@runtime_checkable
+class TellsTokens(Protocol):
+    """An engine that also says how it splits a text."""
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of bare text, without an end token."""
+        ...
+
+
 @dataclass(frozen=True)
 class Timed:
     """One answer and what it took.
 
     Attributes:
         seconds: from asking to its last token.
-        tokens: how many it has, the end token included.
+        tokens: how many were generated.
     """
 
     text: str
@@ -94,12 +103,19 @@ class Subject:
     _predictions: Predictions | None = field(default=None, init=False, repr=False)
     _answers: dict[tuple[str, int], str] = field(default_factory=dict, init=False, repr=False)
     _mute: str = field(default="", init=False, repr=False)
+    _expected: tuple[NDArray[np.float64], NDArray[np.float64]] | None = field(default=None, init=False, repr=False)
+    _timed: dict[tuple[tuple[str, ...], int], Sequence[Timed]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def predictions(self) -> Predictions:
         """Scores of every label on every record of the gate set, and the likeliest of each."""
         if self._predictions is None:
             self._predictions = predict(self.scorer, self.adapter, self.gate_set)
+        return self._predictions
+
+    @property
+    def asked_for_labels(self) -> Predictions | None:
+        """The predictions, if anybody asked for them."""
         return self._predictions
 
     def answers(self, records: Sequence[GateRecord], max_tokens: int = 0) -> list[str]:
@@ -133,10 +149,10 @@ class Subject:
             try:
                 said = list(self.scorer.generate(self.adapter, new, max_tokens))
             except Exception as error:
-                self._mute = f"no answers of {self.role}: {one_line(error)}"
+                self._mute = f"no answers of {self.named}: {one_line(error)}"
                 raise NotMeasured(self._mute) from error
             if len(said) != len(new):
-                self._mute = f"no answers of {self.role}: the engine gave {len(said)} to {len(new)} prompts"
+                self._mute = f"no answers of {self.named}: the engine gave {len(said)} to {len(new)} prompts"
                 raise NotMeasured(self._mute)
             self._answers |= {(prompt, max_tokens): text for prompt, text in zip(new, said, strict=True)}
         return [self._answers[prompt, max_tokens] for prompt in prompts]
@@ -145,6 +161,59 @@ class Subject:
     def problem(self) -> str:
         """Why the engine gives no answers; empty while it does."""
         return self._mute
+
+    def expected(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Log-likelihood of each record's expected completion, and how many tokens it has, the end token included.
+
+        Raises:
+            NotMeasured: the engine threw, or does not tell tokens.
+        """
+        if self._expected is None:
+            self._expected = self._score_expected()
+        return self._expected
+
+    def _score_expected(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        if not isinstance(self.scorer, TellsTokens):
+            raise NotMeasured("this engine does not tell how many tokens a completion has")
+        records, said = self.gate_set.records, self._predictions
+        try:
+            if said is not None and said.scores is not None:
+                column = {label: index for index, label in enumerate(self.gate_set.labels)}
+                loglik = [float(row[column[r.truth]]) for row, r in zip(said.scores, records, strict=True)]
+            else:
+                loglik = [
+                    float(np.asarray(self.scorer.score_labels(self.adapter, [r.prompt], [r.completion]))[0, 0])
+                    for r in records
+                ]
+            tokens = [len(self.scorer.text_ids(record.completion)) + 1 for record in records]
+        except Exception as error:
+            raise NotMeasured(f"{self.named} could not be scored ({one_line(error)})") from error
+        return np.array(loglik, dtype=np.float64), np.array(tokens, dtype=np.float64)
+
+    def timed(self, records: Sequence[GateRecord], max_tokens: int = 0) -> Sequence[Timed]:
+        """Answers to some records' prompts, one after the other, and what each took.
+
+        Raises:
+            NotMeasured: nobody takes the time, or the engine threw.
+        """
+        if self.timer is None:
+            raise NotMeasured("no engine that serves was given, so no time can be taken")
+        asked, tokens = [record.prompt for record in records], max_tokens or self.answer_tokens
+        key = (tuple(asked), tokens)
+        if key not in self._timed:
+            try:
+                found = list(self.timer(self.adapter, asked, tokens))
+            except Exception as error:
+                raise NotMeasured(f"no time of {self.named}: {one_line(error)}") from error
+            if len(found) != len(asked):
+                raise NotMeasured(f"no time of {self.named}: {len(found)} answers to {len(asked)} prompts")
+            self._timed[key] = found
+        return self._timed[key]
+
+    @property
+    def named(self) -> str:
+        """What it is called in a sentence."""
+        return {"candidate": "the candidate", "live": "live", "base": "the base"}[self.role]
 
 
 def predict(scorer: Scorer, adapter: str | None, gate_set: GateSet) -> Predictions:

@@ -1,108 +1,80 @@
-"""From predictions to figures per slice: all records, and every domain."""
+"""From label choices to the figures of the page: all records, and every domain."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from evaluation.gateset import GateSet
-from evaluation.metrics import (
-    Flags,
-    Indices,
-    Paired,
-    Score,
-    accuracy,
-    holm,
-    macro_f1,
-    p_worse,
-    paired,
-)
-from evaluation.scorer import Predictions
+from evaluation.labels import groups_of, macro_f1_of, truth_of
+from evaluation.measurement import Measurement
+from evaluation.metrics import Flags, Indices, Paired, holm, p_worse, paired, score
+from evaluation.scorer import Predictions, Role
 from evaluation.verdict import ModelScores, Slice
 
 ALL = ""
 """The domain of the slice that holds every record."""
 
 
-@dataclass(frozen=True)
-class Cut:
-    """One slice with what each model did on its records."""
-
-    shown: Slice
-    against_base: Paired | None
-    against_live: Paired | None
-
-
 def cut(
-    gate_set: GateSet,
-    candidate: Predictions,
-    live: Predictions | None,
-    base: Predictions,
-    samples_min: Mapping[str, int],
-) -> tuple[Cut, ...]:
+    gate_set: GateSet, said: Mapping[Role, Predictions | None], samples_min: Mapping[str, int]
+) -> tuple[Slice, ...]:
     """Figures for all records and for each domain; the drop against live is tested wherever a slice is large enough.
 
     Args:
         gate_set: the records.
-        candidate: of the adapter that is judged.
-        live: None when nothing is live.
-        base: of the bare base.
+        said: what each model chose; None, or nothing, where it was not asked.
         samples_min: the least records of each slice for the test against live.
     """
-    truth = _truth(gate_set)
+    truth = truth_of(gate_set)
     domains = np.array([record.domain for record in gate_set.records])
-    cuts = []
+    chosen = {role: one.predicted for role, one in said.items() if one is not None and one.predicted is not None}
+    f1 = {role: macro_f1_of(truth, choices, groups_of(gate_set)) for role, choices in chosen.items()}
+    parts, pairs = [], []
     for domain in (ALL, *sorted(set(domains.tolist()))):
         rows = domains == domain if domain != ALL else np.ones(len(truth), dtype=bool)
-        cuts.append(_one(domain, rows, truth, candidate, live, base))
-    return _with_holm(tuple(cuts), samples_min)
+        parts.append(_one(domain, rows, truth, chosen, f1))
+        pairs.append(_paired(rows, truth, chosen, "live"))
+    return _with_holm(parts, pairs, samples_min)
 
 
-def _truth(gate_set: GateSet) -> Indices:
-    column = {label: index for index, label in enumerate(gate_set.labels)}
-    return np.array([column[record.truth] for record in gate_set.records], dtype=np.int64)
+def _paired(rows: Flags, truth: Indices, chosen: Mapping[Role, Indices], other: Role) -> Paired | None:
+    """The candidate against another model on one slice."""
+    if "candidate" not in chosen or other not in chosen:
+        return None
+    right = truth[rows]
+    return paired(chosen["candidate"][rows] == right, chosen[other][rows] == right)
 
 
 def _one(
-    domain: str, rows: Flags, truth: Indices, candidate: Predictions, live: Predictions | None, base: Predictions
-) -> Cut:
-    def scores(model: Predictions | None) -> ModelScores | None:
-        if model is None or model.predicted is None:
+    domain: str, rows: Flags, truth: Indices, chosen: Mapping[Role, Indices], f1: Mapping[Role, Measurement]
+) -> Slice:
+    def scores(role: Role) -> ModelScores | None:
+        if role not in chosen:
             return None
-        said = model.predicted[rows]
-        return ModelScores(accuracy(said == truth[rows]), macro_f1(truth[rows], said))
+        return ModelScores(score(Measurement.of(chosen[role] == truth), rows), score(f1[role], rows))
 
-    def against(other: Predictions | None) -> Paired | None:
-        if candidate.predicted is None or other is None or other.predicted is None:
-            return None
-        right = truth[rows]
-        return paired(candidate.predicted[rows] == right, other.predicted[rows] == right)
-
-    def gain(pair: Paired | None) -> Score | None:
-        return pair.gain if pair else None
-
-    over_base, over_live = against(base), against(live)
-    shown = Slice(
+    over_base, over_live = (_paired(rows, truth, chosen, role) for role in ("base", "live"))
+    return Slice(
         domain=domain,
         n=int(rows.sum()),
         majority=float(np.bincount(truth[rows]).max() / rows.sum()),
-        candidate=scores(candidate),
-        live=scores(live),
-        base=scores(base),
-        gain_over_base=gain(over_base),
-        gain_over_live=gain(over_live),
+        candidate=scores("candidate"),
+        live=scores("live"),
+        base=scores("base"),
+        gain_over_base=over_base.gain if over_base else None,
+        gain_over_live=over_live.gain if over_live else None,
     )
-    return Cut(shown, over_base, over_live)
 
 
-def _with_holm(cuts: tuple[Cut, ...], samples_min: Mapping[str, int]) -> tuple[Cut, ...]:
+def _with_holm(parts: list[Slice], pairs: list[Paired | None], samples_min: Mapping[str, int]) -> tuple[Slice, ...]:
     tested = [
-        (index, one.against_live)
-        for index, one in enumerate(cuts)
-        if one.against_live and one.shown.n >= samples_min[one.shown.domain]
+        (index, pair)
+        for index, (part, pair) in enumerate(zip(parts, pairs, strict=True))
+        if pair and part.n >= samples_min[part.domain]
     ]
     adjusted = holm([p_worse(pair) for _, pair in tested])
     p_of = {index: p for (index, _), p in zip(tested, adjusted, strict=True)}
-    return tuple(
-        replace(one, shown=replace(one.shown, p_worse_than_live=p_of.get(index))) for index, one in enumerate(cuts)
-    )
+    return tuple(replace(part, p_worse_than_live=p_of.get(index)) for index, part in enumerate(parts))

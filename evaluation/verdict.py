@@ -90,8 +90,36 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """One metric of one model on one slice.
+
+    Attributes:
+        metric: its name.
+        unit: share, or the unit's name.
+        better: "higher" or "lower".
+        role: candidate, live or base.
+        domain: "" for all records.
+        options: those that are not the metric's defaults.
+    """
+
+    metric: str
+    version: str
+    unit: str
+    better: str
+    role: str
+    domain: str
+    score: Score
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """The contract's verdict, before its signature."""
+    """The contract's verdict, before its signature.
+
+    Attributes:
+        not_measured: what this verdict does not speak of, and why.
+        policy_sha256: of what was asked: two verdicts compare when it is the same.
+    """
 
     adapter_sha256: str
     parent_sha256: str | None
@@ -101,6 +129,8 @@ class Verdict:
     gates: tuple[Gate, ...]
     gate_set: Mapping[str, Any]
     made_at: str
+    not_measured: tuple[str, ...] = ()
+    policy_sha256: str = ""
 
     def sign(self, signer: Signer) -> dict[str, Any]:
         """The verdict as JSON with `key_id` and `signature` (Ed25519 over canonical JSON)."""
@@ -114,6 +144,8 @@ class Verdict:
                 "gates": [gate.as_json() for gate in self.gates],
                 "gate_set": dict(self.gate_set),
                 "made_at": self.made_at,
+                "not_measured": list(self.not_measured),
+                "policy_sha256": self.policy_sha256,
             }
         )
 
@@ -128,6 +160,8 @@ class Evaluation:
         not_measured: what this evaluation cannot say, and why.
         gate_set: {name, sha256, n, data}.
         private: noisy scores on the stream's own holdout; None where none were asked for.
+        figures: every metric that was measured, of every model it was measured of, over all records and by domain.
+        policy_sha256: of the gates that were asked.
     """
 
     outcome: Outcome
@@ -138,6 +172,8 @@ class Evaluation:
     gate_set: Mapping[str, Any]
     facts: CandidateFacts
     private: PrivateScores | None = None
+    figures: tuple[Figure, ...] = ()
+    policy_sha256: str = ""
 
     def verdict(self, signer: Signer, made_at: str | None = None) -> dict[str, Any]:
         """The signed verdict. `made_at` is RFC 3339 in UTC, now when not given."""
@@ -150,18 +186,23 @@ class Evaluation:
             gates=self.gates,
             gate_set=self.gate_set,
             made_at=made_at or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            not_measured=self.not_measured,
+            policy_sha256=self.policy_sha256,
         ).sign(signer)
 
     def metrics(self) -> dict[str, float]:
         """Figures by name, for `metrics.json` and MLflow: finite floats only.
 
         `accuracy`, `macro_f1`, `base_accuracy`, `live_accuracy` … over all records, `accuracy.<domain>` … per domain,
-        and every gate's value as `gate.<name>`.
+        the same of every metric that was measured, and every gate's value as `gate.<name>`.
         """
         found: dict[str, float | None] = {}
+        for figure in self.figures:
+            name = ("" if figure.role == "candidate" else f"{figure.role}_") + figure.metric
+            found[f"{name}{_suffix(figure.domain)}"] = figure.score.value
+            found[f"{name}_se{_suffix(figure.domain)}"] = figure.score.se
         for part in self.slices:
-            # MLflow takes letters, digits and these in a metric's name.
-            end = "." + re.sub(r"[^\w./ -]", "_", part.domain, flags=re.ASCII) if part.domain else ""
+            end = _suffix(part.domain)
             found[f"majority_accuracy{end}"] = part.majority
             for prefix, scores in (("", part.candidate), ("live_", part.live), ("base_", part.base)):
                 if scores:
@@ -171,3 +212,8 @@ class Evaluation:
         found |= {f"gate.{gate.name}": gate.value for gate in self.gates}
         found |= {"epsilon": self.facts.epsilon, "delta": self.facts.delta, "share_used": self.facts.share_used}
         return {name: value for name, value in found.items() if value is not None and abs(value) < float("inf")}
+
+
+def _suffix(domain: str) -> str:
+    """A domain at the end of a metric's name: MLflow takes letters, digits and these."""
+    return "." + re.sub(r"[^\w./ -]", "_", domain, flags=re.ASCII) if domain else ""

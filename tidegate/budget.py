@@ -476,5 +476,5 @@ def _alarms(budget: Budget, ancestors: int) -> Iterable[str]:
     if budget.holdout_evaluations_left is not None and budget.holdout_evaluations_left < HOLDOUT_ALARM:
         yield (
             f"{budget.stream}: the holdouts can pay for {budget.holdout_evaluations_left} more private evaluations, "
-            f"the alarm is below {HOLDOUT_ALARM}; new blocks bring new ones, or set evaluation.private to false"
+            f"the alarm is below {HOLDOUT_ALARM}; new blocks bring new ones, or let no gate ask private data"
         )

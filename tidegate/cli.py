@@ -27,6 +27,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("tidegate.commands.plan", "Show what the next rounds would cost, and how many are left. A dry run."),
     "round": ("tidegate.commands.rounds", "Run one private round now."),
     "reproduce": ("tidegate.commands.rounds", "Verify or rebuild a finished round (what `dvc repro` calls)."),
+    "gates": ("tidegate.commands.gates", "Read out what a candidate must show: each gate, its error rates, its cost."),
+    "evaluate": ("tidegate.commands.gates", "Run the gates on any version, against what is live. Changes nothing."),
     "versions": ("tidegate.commands.versions", "List a stream's model versions."),
     "approve": ("tidegate.commands.versions", "Approve a candidate: it becomes Production."),
     "reject": ("tidegate.commands.versions", "Reject a candidate with a reason."),

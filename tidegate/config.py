@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from evaluation.policy import DEFAULT, Rule
 from tidegate.errors import ConfigError
 
 ENV_PREFIX = "TIDEGATE__"
@@ -150,16 +151,27 @@ class LearnerSettings(_Section):
 
 
 class EvaluationSettings(_Section):
-    """The public gate set and what a candidate must show on it."""
+    """The public gate set, and the gates: what a candidate must show."""
 
     gate_set: str
     samples_min: Annotated[int, Field(ge=1)] = 100
     samples_per_domain_min: Annotated[int, Field(ge=1)] = 20
-    accuracy_min: Annotated[float, Field(ge=0, le=1)] = 0.0
-    better_than_base_p_max: Annotated[float, Field(gt=0, le=1)] = 0.01
-    forgetting_points_max: Annotated[float, Field(ge=0, le=100)] = 3.0
-    forgetting_p_max: Annotated[float, Field(gt=0, le=1)] = 0.05
-    private: bool = False
+    gates: tuple[Rule, ...] = DEFAULT
+
+    @field_validator("gates")
+    @classmethod
+    def _gates_decide(cls, gates: tuple[Rule, ...]) -> tuple[Rule, ...]:
+        titles = [rule.title for rule in gates]
+        if twice := sorted({title for title in titles if titles.count(title) > 1}):
+            raise ValueError(f"two gates are called {', '.join(twice)}; give one of them another name")
+        if not any(rule.hard for rule in gates):
+            raise ValueError("no gate is hard, so that every candidate would pass; set one with a bound to hard: true")
+        return gates
+
+    @property
+    def private(self) -> bool:
+        """Whether a gate asks the stream's own holdout."""
+        return any(rule.data == "private" for rule in self.gates)
 
 
 class RegistrySettings(_Section):
@@ -193,7 +205,7 @@ class StreamSettings(_Section):
     def _private_scores_are_paid(self) -> StreamSettings:
         if self.evaluation.private and not self.privacy.holdout_evaluations:
             raise ValueError(
-                "evaluation.private reads the holdout: privacy.holdout_evaluations must be > 0 to pay for it"
+                "evaluation.gates with data: private read the holdout: privacy.holdout_evaluations must be > 0 to pay"
             )
         return self
 

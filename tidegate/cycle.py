@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from tidegate.errors import RoundRefused
-from tidegate.evidence import judge, register
+from tidegate.evidence import gate_policy, gate_set_of, judge, register
 from tidegate.planning import make_plan
 from tidegate.workspace import write_json as _write
 
@@ -93,11 +93,15 @@ def run(
     Raises:
         RoundRefused: another round runs.
         PlanError, BudgetExceeded: no block can pay; the message has the choices.
+        PolicyError, GateSetError: the candidate could not be judged; nothing was spent.
     """
     tell = progress or (lambda _what, _done, _of: None)
     service.stream(stream)
     with only_round(service, stream):
         require_whole_ledger(service)
+        # What would keep the candidate from being judged is found before anything is spent on it.
+        gate_policy(service, stream)
+        gate_set_of(service, stream)
         plan = _unfinished(service, stream)
         if plan is None:
             fresh = make_plan(service, stream, tell, test_noise=test_seed is not None)

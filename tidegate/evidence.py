@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry.states import waiting
 from tidegate import holdout
+from tidegate.errors import TidegateError
 
 if TYPE_CHECKING:
+    from evaluation.gates import CandidateFacts
+    from evaluation.gateset import GateSet
+    from evaluation.policy import GatePolicy
+    from evaluation.private import PrivateScores
     from evaluation.verdict import Evaluation
     from learner.base import Base
+    from learner.plan import RoundPlan
+    from registry.states import ModelVersion
+    from serving.inprocess import InProcessEngine
     from tidegate.cycle import Trained
     from tidegate.wiring import Service
 
@@ -21,49 +29,184 @@ def judge(
     service: Service, trained: Trained, base: Base, tell: Callable[[str, int, int], None]
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Run the gates on candidate, live and base; returns the evaluation and its signed verdict."""
-    from evaluation.gates import GatePolicy, evaluate
-    from evaluation.gateset import GateSet
+    from evaluation.private import PrivateScores
     from serving.inprocess import InProcessEngine
 
     plan = trained.plan
     settings = service.stream(plan.stream)
-    tell("evaluate", 0, 1)
-    gate_set = GateSet.load(service.workspace.root / settings.evaluation.gate_set)
-    engine = InProcessEngine(base, system=settings.learner.system, threads=service.settings.service.threads)
-    with engine:
-        engine.load("candidate", trained.adapter_dir)
-        live = None
-        if plan.parent_sha256:
-            engine.load("live", service.workspace.adapters / plan.parent_sha256)
-            live = "live"
-        # A candidate of test noise can never be promoted: nobody in the holdout pays for it.
-        wanted = settings.evaluation.private and plan.noise_source == "system"
-        private = holdout.score(service, trained, engine, gate_set, tell) if wanted else None
-        evaluation = evaluate(
-            gate_set,
-            GatePolicy(**settings.evaluation.model_dump(exclude={"gate_set", "private"})),
+    gate_set = gate_set_of(service, plan.stream)
+    live = service.workspace.adapters / plan.parent_sha256 if plan.parent_sha256 else None
+    with InProcessEngine(base, system=settings.learner.system, threads=service.settings.service.threads) as engine:
+
+        def private() -> PrivateScores:
+            if plan.noise_source != "system":
+                why = "a candidate of test noise can never be promoted: nobody in the holdout pays for it"
+                return PrivateScores(None, refusal=why)
+            return holdout.score(service, trained, engine, gate_set, tell)
+
+        evaluation = judge_with(
+            service,
+            plan.stream,
             engine,
-            candidate="candidate",
-            live=live,
-            facts=facts_of(service, trained, base),
+            gate_set,
+            trained.adapter_dir,
+            live,
+            facts_of(service, trained, base),
             private=private,
+            tell=tell,
         )
-    tell("evaluate", 1, 1)
     return evaluation, evaluation.verdict(service.signer("verdicts"))
 
 
-def facts_of(service: Service, trained: Trained, base: Base) -> Any:
+def judge_with(
+    service: Service,
+    stream: str,
+    engine: InProcessEngine,
+    gate_set: GateSet,
+    candidate: Path,
+    live: Path | None,
+    facts: CandidateFacts,
+    *,
+    private: Callable[[], PrivateScores],
+    tell: Callable[[str, int, int], None],
+    everything: bool = False,
+) -> Evaluation:
+    """Run a stream's policy on an adapter; nothing is signed, and nothing but `private` charges anybody."""
+    from evaluation.gates import evaluate
+    from serving.timing import timed
+
+    engine.load("candidate", candidate)
+    folders = {"candidate": candidate}
+    if live is not None:
+        engine.load("live", live)
+        folders["live"] = live
+    return evaluate(
+        gate_set,
+        gate_policy(service, stream),
+        engine,
+        candidate="candidate",
+        live="live" if live is not None else None,
+        facts=facts,
+        private=private,
+        everything=everything,
+        folders=folders,
+        root=service.workspace.root,
+        timer=lambda adapter, prompts, max_tokens: timed(engine, adapter, prompts, max_tokens),
+        progress=lambda done, total, _what: tell("evaluate", done, total),
+    )
+
+
+def evaluate_version(
+    service: Service, stream: str, number: int, tell: Callable[[str, int, int], None], *, everything: bool
+) -> tuple[Evaluation, int | None]:
+    """Run today's gates on any version against what is live now; returns the evaluation and the live version.
+
+    The holdout is not asked, since that would be charged, and nothing is signed or written but fetched adapters.
+
+    Raises:
+        UnknownVersion: the model has no such version.
+        TidegateError: the version is not of a round, or its stored adapter is not what it was registered as.
+    """
+    from evaluation.private import PrivateScores
+    from learner.plan import RoundPlan
+    from registry.promotion import pick
+    from serving.inprocess import InProcessEngine
+    from tidegate.ancestry import find_live
+
+    settings = service.stream(stream)
+    gate_policy(service, stream)
+    gate_set = gate_set_of(service, stream)
+    versions = service.store.versions(service.model(stream))
+    chosen = pick(versions, service.model(stream), number)
+    if not chosen.tag("plan"):
+        raise TidegateError(f"version {number} of {stream} has no plan: it did not come out of a round; judge another")
+    plan = RoundPlan.model_validate(json.loads(chosen.tag("plan")))
+    live = find_live(versions, service.trusted("approvals"))
+    wanted = (chosen.tag("adapter_sha256"), live.adapter_sha256 if live else None, plan.parent_sha256)
+    folders = {sha: stored_adapter(service, stream, sha, versions) for sha in wanted if sha}
+    base = service.base(stream, lambda done, of, what: tell(what, done, of))
+    facts = facts_about(service, plan, folders[wanted[0] or ""], wanted[0] or "", base)
+    refusal = "the holdout is not asked here: it would be charged; a round's own evaluation asks it"
+    threads = service.settings.service.threads
+    with InProcessEngine(base, system=settings.learner.system, threads=threads) as engine:
+        evaluation = judge_with(
+            service,
+            stream,
+            engine,
+            gate_set,
+            folders[wanted[0] or ""],
+            folders[live.adapter_sha256] if live else None,
+            facts,
+            private=lambda: PrivateScores(None, refusal=refusal),
+            tell=tell,
+            everything=everything,
+        )
+    return evaluation, live.version if live else None
+
+
+def stored_adapter(service: Service, stream: str, sha256: str, versions: Sequence[ModelVersion]) -> Path:
+    """The folder of an adapter, fetched from the registry when the workspace lost it.
+
+    Raises:
+        TidegateError: no version has it, or what is stored is another.
+    """
+    from learner.adapter import adapter_sha256
+
+    kept = service.workspace.adapters / sha256
+    if not kept.is_dir():
+        number = next((v.version for v in versions if v.tag("adapter_sha256") == sha256), None)
+        if number is None:
+            raise TidegateError(f"adapter {sha256[:12]} of {stream} is in no version and not in the workspace")
+        service.store.fetch_adapter(service.model(stream), number, kept)
+    if (found := adapter_sha256(kept)) != sha256:
+        raise TidegateError(f"{kept}: holds adapter {found[:12]}, must hold {sha256[:12]}; remove it to fetch it again")
+    return kept
+
+
+def gate_policy(service: Service, stream: str) -> GatePolicy:
+    """The gates of a stream, each with a metric that exists.
+
+    Raises:
+        PolicyError: a metric does not exist, or has no such option. Asked before a round is spent.
+    """
+    from evaluation.gates import check
+    from evaluation.policy import GatePolicy
+
+    settings = service.stream(stream).evaluation
+    policy = GatePolicy(settings.gates, settings.samples_min, settings.samples_per_domain_min)
+    check(policy)
+    return policy
+
+
+def gate_set_of(service: Service, stream: str) -> GateSet:
+    """The public gate set of a stream.
+
+    Raises:
+        GateSetError: there is none, or it cannot be scored.
+    """
+    from evaluation.gateset import GateSet
+
+    return GateSet.load(service.workspace.root / service.stream(stream).evaluation.gate_set)
+
+
+def facts_of(service: Service, trained: Trained, base: Base) -> CandidateFacts:
     """What the gates need to know besides scores: did the weights change, was the budget kept."""
+    return facts_about(service, trained.plan, trained.adapter_dir, trained.adapter_sha256, base)
+
+
+def facts_about(
+    service: Service, plan: RoundPlan, adapter_dir: Path, adapter_sha256: str, base: Base
+) -> CandidateFacts:
+    """The same of any adapter that a round of this workspace trained, by the ledger as it stands now."""
     from evaluation.gates import CandidateFacts
     from learner.adapter import read_adapter
 
-    plan = trained.plan
     policies = [service.ledger.policy(block.id) for block in plan.blocks]
-    adapter = read_adapter(trained.adapter_dir, base=base)
+    adapter = read_adapter(adapter_dir, base=base)
     parent = read_adapter(service.workspace.adapters / plan.parent_sha256, base=base) if plan.parent_sha256 else None
     shares = [service.ledger.share_used(block.id) for block in plan.blocks]
     return CandidateFacts(
-        adapter_sha256=trained.adapter_sha256,
+        adapter_sha256=adapter_sha256,
         parent_sha256=plan.parent_sha256,
         base_sha256=base.sha256,
         max_abs_delta=adapter.max_abs_delta(parent),

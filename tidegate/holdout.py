@@ -178,7 +178,7 @@ def _plan(
         names = ", ".join(policies)
         return (
             f"the holdouts of blocks {names} cannot pay for another evaluation; {_made(service, of.stream)}; wait for "
-            f"new blocks, which bring a holdout of their own, or set evaluation.private to false"
+            f"new blocks, which bring a holdout of their own, or take data: private out of evaluation.gates"
         )
     return PrivatePlan(
         evaluation_id=evaluation_id(of.round_id),

@@ -7,6 +7,7 @@ import numpy as np
 
 from evaluation.gates import CandidateFacts
 from evaluation.gateset import GateSet
+from evaluation.policy import GatePolicy, Rule
 
 DOMAINS = ("account", "billing", "delivery")
 LABELS = tuple(f"{domain} {i}" for domain in DOMAINS for i in range(3))
@@ -22,6 +23,27 @@ FACTS = CandidateFacts(
     unit="record",
     private=True,
 )
+
+
+def asking(*rules, **changes):
+    """A policy of these rules alone."""
+    return GatePolicy(tuple(Rule(**rule) for rule in rules), **changes)
+
+
+def changed(policy, title, **changes):
+    """The policy with one rule changed."""
+    return GatePolicy(
+        tuple(Rule(**{**r.model_dump(), **changes}) if r.title == title else r for r in policy.rules),
+        policy.samples_min,
+        policy.samples_per_domain_min,
+    )
+
+
+def without(policy, title):
+    """The policy without one rule."""
+    return GatePolicy(
+        tuple(rule for rule in policy.rules if rule.title != title), policy.samples_min, policy.samples_per_domain_min
+    )
 
 
 def write_gate_set(path: Path, per_domain: int = 100) -> GateSet:

@@ -2,12 +2,12 @@
 
 import itertools
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from evaluation.gates import GatePolicy, evaluate
+from evaluation.gates import evaluate
+from evaluation.policy import DEFAULT, GatePolicy, Rule
 from evaluation.private import (
     ALONE,
     PAIRED,
@@ -23,10 +23,18 @@ from evaluation.private import (
 from evaluation.report import version_markdown
 from privacy.counts import CountsMechanism
 from privacy.randomness import KeyedStream, TestKey
-from tests.evaluation.planted import DOMAINS, FACTS, Planted, write_gate_set
+from tests.evaluation.planted import DOMAINS, FACTS, Planted, changed, write_gate_set
 from tests.evaluation.test_report import BASE
 
-POLICY = GatePolicy()
+RULES = tuple(
+    Rule(metric="accuracy", data="private", **rest)
+    for rest in (
+        {"bound": 0.0},
+        {"name": "private_forgetting", "slice": "domain", "against": "live", "bound": 0.03},
+        {"name": "private_better_than_live", "against": "live", "must": "beat", "hard": False},
+    )
+)
+POLICY = GatePolicy((*DEFAULT, *RULES))
 # Chance that both, only the candidate, only live, neither is right.
 EQUAL = (0.7, 0.1, 0.1, 0.1)
 WORSE = (0.5, 0.0, 0.3, 0.2)
@@ -54,7 +62,11 @@ def gate(gates, name):
 
 
 def judged(chances, n=1000, policy=POLICY, sigma=4.0, **kwargs):
-    return gates_of(scores(drawn(chances, n, sigma=sigma)), policy, live=True, **kwargs)
+    return asked(scores(drawn(chances, n, sigma=sigma)), policy, **kwargs)
+
+
+def asked(found, policy=POLICY, *, live=True):
+    return gates_of(found, [rule for rule in policy.of("private") if live or rule.against == "absolute"], policy)
 
 
 # -- votes ------------------------------------------------------------------------------------------------------------
@@ -209,7 +221,7 @@ def test_a_real_gain_is_found():
 
 @pytest.mark.parametrize(("floor", "outcome"), [(0.0, "passed"), (0.7, "passed"), (0.8, "undecided"), (0.9, "failed")])
 def test_a_floor_is_passed_or_missed_only_beyond_chance(floor, outcome):
-    found = gate(judged([EQUAL] * 3, policy=replace(POLICY, accuracy_min=floor)), "private_accuracy")
+    found = gate(judged([EQUAL] * 3, policy=changed(POLICY, "private_accuracy", bound=floor)), "private_accuracy")
     assert found.outcome == outcome
 
 
@@ -225,24 +237,23 @@ def test_more_noise_means_wider_errors_and_in_the_end_no_decision():
 def test_a_small_domain_that_noise_hides_is_told_and_not_judged():
     rng = np.random.default_rng(2)
     counts = noisy([rng.multinomial(n, chance) for n, chance in ((2000, EQUAL), (2000, EQUAL), (30, WORSE))])
-    found = gate(gates_of(scores(counts), POLICY, live=True), "private_forgetting")
+    found = gate(asked(scores(counts)), "private_forgetting")
     assert found.outcome == "passed"
     assert f"hidden by the noise: {DOMAINS[2]}" in found.sentence
 
 
 def test_chance_alone_stops_few_candidates():
     stopped = sum(
-        gate(gates_of(scores(drawn([EQUAL] * 3, 300, seed)), POLICY, live=True), "private_forgetting").outcome
-        == "failed"
+        gate(asked(scores(drawn([EQUAL] * 3, 300, seed))), "private_forgetting").outcome == "failed"
         for seed in range(300)
     )
-    assert stopped / 300 <= POLICY.forgetting_p_max + 0.03
+    assert stopped / 300 <= 0.05 + 0.03
 
 
 def test_without_a_live_version_only_the_floor_is_asked():
     rng = np.random.default_rng(4)
     counts = noisy([rng.multinomial(500, (0.8, 0.2))] * 3, cells=cells_of(paired=False))
-    (found,) = gates_of(scores(counts), POLICY, live=False)
+    (found,) = asked(scores(counts), live=False)
     assert found.name == "private_accuracy"
     assert found.value == pytest.approx(0.8, abs=4 * found.se)
 
@@ -257,7 +268,9 @@ def gate_set(tmp_path_factory):
 
 def whole(gate_set, private):
     scorer = Planted(gate_set, {"candidate": {"": 0.9}, "live": {"": 0.7}, None: {"": 0.2}})
-    return evaluate(gate_set, POLICY, scorer, candidate="candidate", live="live", facts=FACTS, private=private)
+    policy = POLICY if private else GatePolicy()
+    ask = (lambda: private) if private else None
+    return evaluate(gate_set, policy, scorer, candidate="candidate", live="live", facts=FACTS, private=ask)
 
 
 def test_private_gates_stand_beside_the_public_ones_and_decide(gate_set):
@@ -267,6 +280,23 @@ def test_private_gates_stand_beside_the_public_ones_and_decide(gate_set):
     assert forgetting.outcome == "failed"
     assert "on the holdout" in forgetting.reasons[0]
     assert {one.data for one in forgetting.gates} == {"public", "private"}
+
+
+def test_a_candidate_that_failed_in_public_costs_the_holdout_nothing(gate_set):
+    def ask():
+        raise AssertionError("the holdout was asked")
+
+    scorer = Planted(gate_set, {"candidate": {"": 0.2}, "live": {"": 0.7}, None: {"": 0.2}})
+    evaluation = evaluate(gate_set, POLICY, scorer, candidate="candidate", live="live", facts=FACTS, private=ask)
+    assert evaluation.outcome == "failed"
+    assert any("private_forgetting" in line and "failed before" in line for line in evaluation.not_measured)
+
+
+def test_private_gates_that_nobody_may_ask_leave_it_undecided(gate_set):
+    scorer = Planted(gate_set, {"candidate": {"": 0.9}, "live": {"": 0.7}, None: {"": 0.2}})
+    evaluation = evaluate(gate_set, POLICY, scorer, candidate="candidate", live="live", facts=FACTS)
+    assert evaluation.outcome == "undecided"
+    assert "may not be asked" in evaluation.reasons[0]
 
 
 def test_an_account_that_cannot_pay_leaves_the_candidate_undecided(gate_set):

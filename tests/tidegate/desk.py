@@ -133,7 +133,14 @@ def make_desk(root, base, bootstrap=None, **learner):
         },
         "privacy": privacy,
         "learner": {**settings, **learner},
-        "evaluation": {"gate_set": f"gates/{STREAM}.jsonl", "samples_per_domain_min": 10, "forgetting_points_max": 100},
+        "evaluation": {
+            "gate_set": f"gates/{STREAM}.jsonl",
+            "samples_per_domain_min": 10,
+            "gates": [
+                {**gate, "bound": 1.0} if gate.get("name") == "forgetting" else gate
+                for gate in template["evaluation"]["gates"]
+            ],
+        },
         "registry": {"model": ""},
     }
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
