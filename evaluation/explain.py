@@ -63,7 +63,8 @@ def summary(policy: GatePolicy) -> tuple[str, ...]:
     """What the policy as a whole promises about chance."""
     stops = policy.stops_equal_at_most()
     no_better = policy.promotes_no_better_at_most()
-    said = [f"A candidate just as good as live is stopped by chance at most {100 * stops:g}% of the time."]
+    held = f"at most {100 * stops:g}% of the time, all of them together"
+    said = [f"A candidate that is no worse anywhere is stopped by the gates that ask to hold {held}."]
     if no_better is None:
         said.append("No gain over live is demanded: a candidate just as good passes, and is not called better.")
     else:
@@ -118,19 +119,19 @@ def _sizes(rule: Rule, policy: GatePolicy, gate_set: GateSet, asked: int) -> lis
 
 def _sentence(rule: Rule, metric: Metric | None) -> str:
     what = metric.what if metric else "share of holdout records whose likeliest label is the true one"
-    where = {"whole": "", "domain": ", over all records and in each domain", "label": ", over all and for each label"}
+    where = {"whole": "", "domain": ", over all records and in each domain,", "label": ", over all and for each label,"}
     told = f"The {what}{where[rule.slice]}"
     lower = metric is not None and metric.better == "lower"
     if rule.shown_only:
-        return f"{told}, is shown and decides nothing."
+        return f"{told} is shown and decides nothing."
     if rule.asks == "reach":
-        return f"{told}, must be at {'most' if lower else 'least'} {_amount(rule, metric, plain=True)}."
+        return f"{told} must be at {'most' if lower else 'least'} {_amount(rule, metric, plain=True)}."
     other = _other(rule)
     if rule.asks == "beat":
         more = f"by more than {_amount(rule, metric)} and " if rule.limit else ""
-        return f"{told}, must be {'lower' if lower else 'higher'} than that of {other}, {more}beyond chance."
+        return f"{told} must be {'lower' if lower else 'higher'} than that of {other}, {more}beyond chance."
     verb = "exceed" if lower else "fall below"
-    return f"{told}, must not {verb} that of {other} by more than {_amount(rule, metric)}, unless chance explains it."
+    return f"{told} must not {verb} that of {other} by more than {_amount(rule, metric)}, unless chance explains it."
 
 
 def _amount(rule: Rule, metric: Metric | None, *, plain: bool = False) -> str:

@@ -157,7 +157,7 @@ def _reach(rule: Rule, metric: Metric, ours: Measurement, parts: Sequence[_Part]
     if rule.slice != "whole" and (missed or unsure):
         sentence = f"{metric.name} of {part.shown} is {_value(value.value, metric)} on {_records(part)}"
     if missed:
-        sentence += f", must be {bound_of(rule, metric)}"
+        sentence += f", must be {bound_of(rule, metric, certain=ours.certain)}"
     elif small:
         sentence += ", " + ", ".join(f"{one.needed} are needed to decide" for one in small[:1])
         if rule.slice != "whole":
@@ -220,7 +220,7 @@ def _beat(rule: Rule, metric: Metric, ours: Measurement, parts: Sequence[_Part])
     if not ours.certain:
         sentence += f" (p {p_text(p)})"
     if missed:
-        sentence += f", must be {bound_of(rule, metric)}"
+        sentence += f", must be {bound_of(rule, metric, certain=ours.certain)}"
     elif small:
         sentence += f", {small[0].needed} are needed to decide"
     outcome: Outcome = "failed" if missed else "undecided" if small else "passed"
@@ -307,7 +307,7 @@ def _gate(
         version_of(rule, metric, ours, test),
         outcome,
         sentence,
-        bound_of(rule, metric),
+        bound_of(rule, metric, certain=ours.certain),
         points * found.value,
         shown_se,
         found.n,
@@ -325,18 +325,19 @@ def version_of(rule: Rule, metric: Metric, ours: Measurement | None = None, test
     return f"{version}, {test} " + ("two-sided" if rule.asks == "beat" else "one-sided holm")
 
 
-def bound_of(rule: Rule, metric: Metric) -> str:
-    """What passes, in words."""
+def bound_of(rule: Rule, metric: Metric, *, certain: bool = False) -> str:
+    """What passes, in words; a figure without sampling error leaves nothing to chance."""
     if rule.shown_only:
         return SHOWN
     if rule.asks == "reach":
         sign = ">=" if metric.better == "higher" else "<="
-        surely = "" if rule.chance is None else f" beyond chance, p <= {rule.chance:g}"
+        surely = "" if rule.chance is None or certain else f" beyond chance, p <= {rule.chance:g}"
         return f"{sign} {_value(rule.limit, metric)}{surely}"
     amount = f"{100 * rule.limit:g} points" if metric.unit == "share" else f"{rule.limit:g} {metric.unit}"
     if rule.asks == "beat":
-        return f"gain > {amount if rule.limit else '0'}, p <= {rule.chance:g}"
-    return f"drop <= {amount}, or p > {rule.chance:g} after Holm"
+        gain = f"gain > {amount if rule.limit else '0'}"
+        return gain if certain else f"{gain}, p <= {rule.chance:g}"
+    return f"drop <= {amount}" if certain else f"drop <= {amount}, or p > {rule.chance:g} after Holm"
 
 
 def phrase(rule: Rule, metric: Metric) -> str:

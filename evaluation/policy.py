@@ -166,10 +166,10 @@ class GatePolicy:
         return tuple(rule for rule in self.rules if rule.data == data)
 
     def stops_equal_at_most(self) -> float:
-        """How often, at most, a candidate that is just as good as live is stopped by chance.
+        """How often, at most, a candidate that is no worse anywhere is stopped by the gates that ask to hold.
 
-        The hard gates' rates added up, which holds whatever depends on what (Boole's inequality). Only gates that ask
-        to hold what live can are counted: a gate that asks to beat live stops such a candidate on purpose.
+        Their rates added up, which holds whatever depends on what (Boole's inequality). A gate that asks to beat
+        stops such a candidate on purpose, and is not counted.
         """
         rates = (rule.chance or 0.0 for rule in self.rules if rule.hard and rule.asks == "hold")
         return min(1.0, sum(rates))

@@ -350,7 +350,7 @@ def test_a_policy_is_read_out_with_its_rates_its_cost_and_its_data(gate_set):
     assert "at most 0.5 s" in told["latency_p95"].sentence
     assert "holdout" in told["private_accuracy"].data
     assert not told["macro_f1"].decides
-    assert "stopped by chance at most 5% of the time" in summary(policy)[0]
+    assert "stopped by the gates that ask to hold at most 5% of the time" in summary(policy)[0]
     assert "no better than live passes at most 0.5%" in summary(policy)[1]
     assert "No gain over live is demanded" in summary(GatePolicy())[1]
 

@@ -61,6 +61,19 @@ STREAM = ("streams", "support-desk")
         ((*STREAM, "colour"), "red", r"support-desk\.colour='red': unknown setting"),
         (("service", "api", "port"), 70000, r"service\.api\.port=70000: .*65535"),
         (("streams",), {}, r"streams=\{\}"),
+        ((*STREAM, "evaluation", "gates"), [], r"evaluation\.gates=\[\]: .*no gate is hard"),
+        ((*STREAM, "evaluation", "gates"), [{"metric": "accuracy"}], r"evaluation\.gates\.0=.*needs a bound"),
+        (
+            (*STREAM, "evaluation", "gates"),
+            [{"metric": "accuracy", "bound": 0.1}, {"metric": "accuracy", "bound": 0.2}],
+            r"two gates are called accuracy",
+        ),
+        (
+            (*STREAM, "evaluation", "gates"),
+            [{"metric": "accuracy", "bound": 0.1, "data": "private"}],
+            r"privacy\.holdout_evaluations must be > 0",
+        ),
+        ((*STREAM, "evaluation", "accuracy_min"), 0.5, r"evaluation\.accuracy_min=0\.5: unknown setting"),
     ],
 )
 def test_a_wrong_value_names_key_value_and_bound(params, path, value, message):

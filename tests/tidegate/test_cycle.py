@@ -1,6 +1,7 @@
 """What becomes of a round whose plan can no longer be carried out: closed, with its key gone, spent staying spent."""
 
 import json
+import os
 
 import pytest
 
@@ -64,6 +65,26 @@ def test_an_older_ledger_refuses_a_round(desk, tiny):
     cycle._write(service.workspace.rounds("intents-r0009") / "receipt.json", receipt)
     with pytest.raises(LedgerBehindReceipt, match="older backup"):
         cycle.run(service, STREAM)
+
+
+@pytest.mark.parametrize("missing", ["gate set", "metric"])
+def test_what_would_keep_a_candidate_from_being_judged_is_found_before_anything_is_spent(desk, missing):
+    if missing == "gate set":
+        (desk.root / "gates" / f"{STREAM}.jsonl").unlink()
+    else:
+        name = f"TIDEGATE__STREAMS__{STREAM.upper()}__EVALUATION__GATES"
+        os.environ[name] = '[{metric: "my_team:nowhere", bound: 0.5}]'
+    try:
+        done = desk.run("round", STREAM, check=False)
+    finally:
+        os.environ.pop(f"TIDEGATE__STREAMS__{STREAM.upper()}__EVALUATION__GATES", None)
+    assert done.returncode == 1
+    assert {"gate set": "cannot be read", "metric": "metric=my_team:nowhere: cannot be imported"}[
+        missing
+    ] in done.stderr
+    assert "Traceback" not in done.stderr
+    assert desk.service().ledger.rows(STREAM) == []
+    assert not list((desk.root / "rounds").glob("*/plan.json"))
 
 
 def test_two_rounds_of_a_stream_never_run_at_once(desk):

@@ -215,6 +215,26 @@ def test_a_second_version_lives_and_is_rolled_back(desk, openai_client):
     assert stages == {1: "Production", 2: "Archived"}
 
 
+def test_the_gates_can_be_read_and_run_on_any_version_and_nothing_changes(desk):
+    told = desk.json("gates", "explain", STREAM)
+    assert [gate["gate"] for gate in told["gates"]][-6:] == [
+        "accuracy",
+        "better_than_base",
+        "forgetting",
+        "better_than_live",
+        "macro_f1",
+        "format",
+    ]
+    before = desk.service().store.versions(STREAM)
+    again = desk.json("evaluate", STREAM, "2")
+    assert desk.service().store.versions(STREAM) == before
+    verdict = json.loads(next(v for v in before if v.version == 2).tag("verdict"))
+    for name in ("gates", "outcome", "reasons", "not_measured", "policy_sha256"):
+        assert again[name] == verdict[name], "judged again against the same live version it is the same to the digit"
+    assert again["live"] == 1
+    assert desk.run("evaluate", STREAM, "9", check=False).returncode == 1
+
+
 def test_status_and_versions_tell_it(desk):
     told = desk.run("status", "--json", check=False)
     report = json.loads(told.stdout)
