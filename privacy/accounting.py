@@ -19,6 +19,7 @@ from privacy.errors import PolicyError
 Mechanism = tuple[float, float, int]  # q, sigma, steps
 Vector = NDArray[np.float64]
 Indices = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 # Integer orders that cover epsilon 0.1 to 50 at delta 1e-9 to 1e-3. Each costs log(K) in delta (see `cap`), so the
 # grid is coarse where neighbours convert to nearly the same epsilon.

@@ -11,7 +11,7 @@ as its horizon, only charges of the same window count.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
@@ -21,9 +21,9 @@ import numpy as np
 import sqlalchemy as sa
 
 from privacy import accounting, tables
-from privacy.accounting import Mechanism
+from privacy.accounting import Flags, Indices, Mechanism, Vector
 from privacy.chain import Charge
-from privacy.errors import LedgerError
+from privacy.errors import LedgerBroken, LedgerError
 from privacy.policy import ACCOUNTS, HOLDOUT, TRAIN, Policy
 
 
@@ -64,13 +64,31 @@ class Shortfall:
     share_asked: float
 
 
+class Charges(NamedTuple):
+    """What blocks of unit `record` have paid, column by column, each block's in the order of the rows.
+
+    Attributes:
+        block: (N,) its number.
+        mechanism: (N,) a line of the prices.
+        account: (N,) index into ACCOUNTS.
+        window: (N,) number of the window, 0 for life.
+        prices: by grid, (M, K) what each mechanism costs, nats.
+    """
+
+    block: Indices
+    mechanism: Indices
+    account: Indices
+    window: Indices
+    prices: Mapping[tuple[int, ...], Vector]
+
+
 class _Entry(NamedTuple):
-    """One charge: its mechanism, whose budget, in which window, and of a user's charge the horizon of its block."""
+    """One charge of a stream's users: its mechanism, whose budget, in which window, and the horizon of its block."""
 
     mechanism: Mechanism
     account: str
     window: int
-    horizon: str | None = None
+    horizon: str
 
 
 def read(db: sa.Connection, names: Iterable[str], now: float, facts: Facts) -> dict[str, Account]:
@@ -86,53 +104,94 @@ def read(db: sa.Connection, names: Iterable[str], now: float, facts: Facts) -> d
     policies = [policy_of(row.policy) for row in rows]
     horizons = {(row.stream, policy.horizon): policy for row, policy in zip(rows, policies, strict=True)}
     windows = {where: present_window(db, where[0], policy, now) for where, policy in horizons.items()}
-    users = {row.stream for row, policy in zip(rows, policies, strict=True) if policy.unit == "user"}
-    of_users = {stream: _entries_of_users(db, stream) for stream in sorted(users)}
-    of_blocks = facts.entries(db, [r.seq for r, policy in zip(rows, policies, strict=True) if policy.unit == "record"])
-    # A sum is what one block paid from one account, or what all users of a stream paid: (orders, charges).
-    sums: list[tuple[tuple[int, ...], list[Mechanism]]] = []
-    shared: dict[tuple[Any, ...], int] = {}
-    places: list[list[int]] = []
-    for row, policy in zip(rows, policies, strict=True):
-        window, at = windows[row.stream, policy.horizon], []
-        for account in ACCOUNTS:
-            able = account == TRAIN or policy.holdout_evaluations > 0
-            key = (row.stream, account, able, policy.horizon, policy.orders) if policy.unit == "user" else None
-            if key is None or key not in shared:
-                entries = of_users[row.stream] if policy.unit == "user" else of_blocks[row.seq]
-                sums.append((policy.orders, _counted(entries, account, policy.horizon, window) if able else []))
-                if key is not None:
-                    shared[key] = len(sums) - 1
-            at.append(len(sums) - 1 if key is None else shared[key])
-        places.append(at)
-    spent = _added(sums)
+    of_users = _spent_by_users(db, rows, policies, windows)
+    records = [at for at, policy in enumerate(policies) if policy.unit == "record"]
+    of_records = _spent_by_records(
+        db,
+        np.array([rows[at].seq for at in records], np.int64),
+        [policies[at] for at in records],
+        np.array([windows[rows[at].stream, policies[at].horizon] for at in records], np.int64),
+        facts,
+    )
+    spent = of_users | dict(zip(records, of_records, strict=True))
     return {
-        row.block_id: Account(row.block_id, row.stream, policy, *(spent[place] for place in at))
-        for row, policy, at in zip(rows, policies, places, strict=True)
+        row.block_id: Account(row.block_id, row.stream, policy, *spent[at])
+        for at, (row, policy) in enumerate(zip(rows, policies, strict=True))
     }
 
 
-def _counted(entries: Sequence[_Entry], account: str, horizon: str, window: int) -> list[Mechanism]:
-    """What counts in a window. A user's charge under another horizon always does: it may fall into any window."""
+def _spent_by_records(
+    db: sa.Connection, blocks: Indices, policies: Sequence[Policy], windows: Indices, facts: Facts
+) -> list[list[tuple[float, ...]]]:
+    """Per block what it spent from each account, at each order of its grid, nats.
+
+    Args:
+        db: an open transaction.
+        blocks: (B,) their numbers.
+        policies: of each.
+        windows: (B,) the window that counts for each.
+        facts: what is known of the rows already.
+    """
+    grids = {policy.orders for policy in policies}
+    charges = facts.charges(db, blocks, grids)
+    sorting = np.argsort(blocks)
+    owner = sorting[np.searchsorted(blocks[sorting], charges.block)]
+    held = np.array([policy.holdout_evaluations > 0 for policy in policies], bool)
+    spent: list[list[tuple[float, ...]]] = [[] for _ in policies]
+    for orders in grids:
+        places = [at for at, policy in enumerate(policies) if policy.orders == orders]
+        slot = np.full(len(policies), -1, np.int64)
+        slot[places] = np.arange(len(places))
+        for number, account in enumerate(ACCOUNTS):
+            paid = _counted(charges, number, windows[owner]) & (slot[owner] >= 0)
+            if account == HOLDOUT:
+                paid &= held[owner]
+            total = accounting.totals(slot[owner[paid]], charges.mechanism[paid], charges.prices[orders], len(places))
+            for at, values in zip(places, total.tolist(), strict=True):
+                spent[at].append(tuple(values))
+    return spent
+
+
+def _counted(charges: Charges, account: int, windows: Indices) -> Flags:
+    """(N,) which charges an account of ACCOUNTS paid, in the window that counts for their block."""
+    found: Flags = (charges.account == account) & (charges.window == windows)
+    return found
+
+
+def _spent_by_users(
+    db: sa.Connection, rows: Sequence[Any], policies: Sequence[Policy], windows: Mapping[tuple[str, str], int]
+) -> dict[int, list[tuple[float, ...]]]:
+    """What users of these blocks have spent from each account, by place in the list: one purse for all of a stream."""
+    users = [at for at, policy in enumerate(policies) if policy.unit == "user"]
+    entries = {stream: _entries_of_users(db, stream) for stream in sorted({rows[at].stream for at in users})}
+    purses: dict[tuple[Any, ...], tuple[float, ...]] = {}
+    spent: dict[int, list[tuple[float, ...]]] = {}
+    for at in users:
+        stream, policy = rows[at].stream, policies[at]
+        for account in ACCOUNTS:
+            able = account == TRAIN or policy.holdout_evaluations > 0
+            key = (stream, account, able, policy.horizon, policy.orders)
+            if key not in purses:
+                paid = _counted_of_users(entries[stream], account, policy.horizon, windows[stream, policy.horizon])
+                purses[key] = _added(paid if able else [], policy.orders)
+            spent.setdefault(at, []).append(purses[key])
+    return spent
+
+
+def _counted_of_users(entries: Sequence[_Entry], account: str, horizon: str, window: int) -> list[Mechanism]:
+    """What counts in a window. A charge under another horizon always does: it may fall into any window."""
     return [
         mechanism
         for mechanism, whose, when, other in entries
-        if whose == account and (when == window or other not in {None, horizon})
+        if whose == account and (when == window or other != horizon)
     ]
 
 
-def _added(sums: Sequence[tuple[tuple[int, ...], Sequence[Mechanism]]]) -> dict[int, tuple[float, ...]]:
-    """Sums of prices, each in the order of its charges, by place in the list."""
-    found: dict[int, tuple[float, ...]] = {}
-    for orders in {orders for orders, _ in sums}:
-        mine = [at for at, (grid, _) in enumerate(sums) if grid == orders]
-        numbers: dict[Mechanism, int] = {}
-        which = [numbers.setdefault(mechanism, len(numbers)) for at in mine for mechanism in sums[at][1]]
-        owner = np.repeat(np.arange(len(mine)), [len(sums[at][1]) for at in mine])
-        prices = accounting.vectors(list(numbers), orders)
-        total = accounting.totals(owner, np.array(which, np.int64), prices, len(mine))
-        found.update(zip(mine, map(tuple, total.tolist()), strict=True))
-    return found
+def _added(paid: Sequence[Mechanism], orders: tuple[int, ...]) -> tuple[float, ...]:
+    """The sum of prices in the order of the charges, nats."""
+    which = np.arange(len(paid))
+    total = accounting.totals(np.zeros_like(which), which, accounting.vectors(paid, orders), 1)
+    return tuple(total[0].tolist())
 
 
 def present_window(db: sa.Connection, stream: str, policy: Policy, now: float) -> int:
@@ -262,11 +321,8 @@ def policy_of(text: str) -> Policy:
 
 def _blocks(db: sa.Connection, names: Sequence[str]) -> list[Any]:
     columns = tables.blocks.c
-    found: list[Any] = []
-    for part in tables.in_parts(names):
-        query = sa.select(columns.seq, columns.block_id, columns.stream, columns.policy)
-        found += db.execute(query.where(columns.block_id.in_(part)).order_by(columns.seq)).all()
-    return found
+    query = sa.select(columns.seq, columns.block_id, columns.stream, columns.policy).order_by(columns.seq)
+    return list(db.execute(query.where(tables.among(db, columns.block_id, names))).all())
 
 
 def _user_blocks(db: sa.Connection, stream: str) -> dict[str, tuple[int, Policy]]:
@@ -299,54 +355,91 @@ class Facts:
 
     def _forget(self) -> None:
         self._newest: tuple[int, str] | None = None
-        self._rows: set[int] = set()
-        self._entries: dict[tuple[int, int], _Entry] = {}  # by row and number of a mechanism
-        self._released: set[int] = set()
+        self._numbers: dict[Mechanism, int] = {}
+        self._prices: dict[tuple[int, ...], Vector] = {}
+        # Columns, a line for each mechanism of a row, ascending by key.
+        self._keys, self._mechanism, self._account, self._window = (np.zeros(0, np.int64) for _ in range(4))
+        self._released = np.zeros(0, bool)
 
-    def entries(self, db: sa.Connection, blocks: Sequence[int]) -> dict[int, list[_Entry]]:
-        """What each block paid, in the order of the rows, without what cancelled attempts gave back."""
-        found: dict[int, list[_Entry]] = {block: [] for block in blocks}
+    def charges(self, db: sa.Connection, blocks: Indices, grids: Collection[tuple[int, ...]]) -> Charges:
+        """What each block paid, without what cancelled attempts gave back, with prices at some grids of orders.
+
+        Raises:
+            LedgerBroken: charges that nobody could have written.
+        """
+        try:
+            block, keys = tables.charges_by_block(db, blocks)
+        except ValueError as error:
+            raise LedgerBroken(f"ledger: a charge was changed ({error})") from None
         with self._lock:
             self._catch_up(db)
-            for part in tables.in_parts(blocks):
-                packed = list(tables.charges_by_block(db, part))
-                self._learn(db, sorted({seq for _, rows, _ in packed for seq in rows} - self._rows))
-                for block, rows, numbers in packed:
-                    charges: Iterable[tuple[int, int]] = zip(rows, numbers, strict=True)
-                    if not self._released.isdisjoint(rows):
-                        charges = [charge for charge in charges if charge[0] not in self._released]
-                    found[block] = list(map(self._entries.__getitem__, charges))
-        return found
+            at, unknown = self._places(keys)
+            if len(unknown):
+                self._learn(db, unknown >> tables.KEY_SHIFT)
+                at, unknown = self._places(keys)
+            if len(unknown):
+                raise LedgerBroken(f"ledger row {unknown[0] >> tables.KEY_SHIFT}: a charge has no mechanism")
+            if self._released.any():
+                kept = ~self._released[at]
+                block, at = block[kept], at[kept]
+            prices = {orders: self._priced(orders) for orders in grids}
+            return Charges(block, self._mechanism[at], self._account[at], self._window[at], prices)
+
+    def _priced(self, orders: tuple[int, ...]) -> Vector:
+        known = self._prices.get(orders, np.zeros((0, len(orders))))
+        if len(known) < len(self._numbers):
+            later = list(self._numbers)[len(known) :]
+            known = self._prices[orders] = np.concatenate([known, accounting.vectors(later, orders)])
+        return known
+
+    def _places(self, keys: Indices) -> tuple[Indices, Indices]:
+        """(N,) where each key stands, and those of them that stand nowhere."""
+        at = np.searchsorted(self._keys, keys)
+        return at, keys[np.append(self._keys, -1)[at] != keys]
 
     def _catch_up(self, db: sa.Connection) -> None:
         ledger = tables.ledger.c
+        query = sa.select(ledger.seq, ledger.hash, ledger.round_id, ledger.attempt, ledger.state)
         if self._newest is not None:
-            seq, known = self._newest
-            if db.execute(sa.select(ledger.hash).where(ledger.seq == seq)).scalar() != known:
-                self._forget()
-        columns = (ledger.seq, ledger.hash, ledger.round_id, ledger.attempt, ledger.state)
-        if self._newest is None:
-            later = db.execute(sa.select(*columns).order_by(ledger.seq.desc()).limit(1)).all()
-        else:
-            later = db.execute(sa.select(*columns).where(ledger.seq > self._newest[0]).order_by(ledger.seq)).all()
-            for _, _, round_id, attempt, state in later:
-                if state == "cancelled":
-                    mine = sa.and_(ledger.round_id == round_id, ledger.attempt == attempt)
-                    self._released.update(db.execute(sa.select(ledger.seq).where(mine)).scalars())
-        if later:
-            self._newest = (later[-1].seq, later[-1].hash)
+            found = db.execute(query.where(ledger.seq >= self._newest[0]).order_by(ledger.seq)).all()
+            if found and (found[0].seq, found[0].hash) == self._newest:
+                self._newest = (found[-1].seq, found[-1].hash)
+                for _, _, round_id, attempt, state in found[1:]:
+                    if state == "cancelled":
+                        mine = sa.and_(ledger.round_id == round_id, ledger.attempt == attempt)
+                        rows = np.array(db.execute(sa.select(ledger.seq).where(mine)).scalars().all())
+                        self._released |= np.isin(self._keys >> tables.KEY_SHIFT, rows)
+                return
+            self._forget()
+        newest = db.execute(query.order_by(ledger.seq.desc()).limit(1)).one_or_none()
+        self._newest = None if newest is None else (newest.seq, newest.hash)
 
-    def _learn(self, db: sa.Connection, rows: Sequence[int]) -> None:
+    def _learn(self, db: sa.Connection, rows: Indices) -> None:
+        """Add what stands in rows of which nothing is known yet."""
         ledger, mechanisms = tables.ledger.c, tables.mechanisms.c
-        for part in tables.in_parts(rows):
-            query = sa.select(ledger.seq, ledger.account, ledger.window).where(ledger.seq.in_(part))
-            known = {seq: (account, window) for seq, account, window in db.execute(query).all()}
-            released = sa.select(ledger.seq).where(ledger.seq.in_(part), _released())
-            self._released.update(db.execute(released).scalars())
-            kinds = sa.select(mechanisms.seq, mechanisms.number, mechanisms.q, mechanisms.sigma, mechanisms.steps)
-            for seq, number, q, sigma, steps in db.execute(kinds.where(mechanisms.seq.in_(part))).all():
-                self._entries[seq, number] = _Entry((q, sigma, steps), *known[seq])
-            self._rows.update(known)
+        names = (mechanisms.seq, mechanisms.number, mechanisms.q, mechanisms.sigma, mechanisms.steps)
+        query = (
+            sa.select(*names, ledger.account, ledger.window, _released())
+            .join_from(tables.mechanisms, tables.ledger, ledger.seq == mechanisms.seq)
+            .where(tables.among(db, mechanisms.seq, np.unique(rows)))
+        )
+        lines = [
+            (
+                (seq << tables.KEY_SHIFT) | number,
+                self._numbers.setdefault((q, sigma, steps), len(self._numbers)),
+                ACCOUNTS.index(account) if account in ACCOUNTS else len(ACCOUNTS),
+                window,
+                released,
+            )
+            for seq, number, q, sigma, steps, account, window, released in db.execute(query).all()
+        ]
+        made = np.array(lines, np.int64).reshape(-1, 5)
+        order = np.argsort(np.concatenate([self._keys, made[:, 0]]))
+        self._keys = np.concatenate([self._keys, made[:, 0]])[order]
+        self._mechanism = np.concatenate([self._mechanism, made[:, 1]])[order]
+        self._account = np.concatenate([self._account, made[:, 2]])[order]
+        self._window = np.concatenate([self._window, made[:, 3]])[order]
+        self._released = np.concatenate([self._released, made[:, 4] > 0])[order]
 
 
 def _entries_of_users(db: sa.Connection, stream: str) -> list[_Entry]:

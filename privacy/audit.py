@@ -6,8 +6,9 @@ compares. `recompute` needs no database: an auditor's export is added up by it t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from random import SystemRandom
 from typing import Any, NamedTuple
@@ -37,8 +38,7 @@ class _Entry(NamedTuple):
 _Paid = list[_Entry]
 
 
-@dataclass(frozen=True)
-class BlockAudit:
+class BlockAudit(NamedTuple):
     """One block: its claim, what was used of its filter, by which rounds. `epsilon` None means infinity.
 
     Attributes:
@@ -80,7 +80,8 @@ class AuditReport:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields | {"blocks": [block._asdict() for block in self.blocks]}
 
 
 def audit(ledger: Ledger, stream: str) -> AuditReport:
@@ -115,7 +116,8 @@ class _Recount:
         self._of_users = _Books([r for r in rows if (r.round_id, r.attempt) not in released], users)
         if len(self.policies) <= COMPARED_MAX:
             return list(self.policies)
-        fullest = sorted(records, key=lambda name: -self._of_records[TRAIN][name].share_used)[: COMPARED_MAX // 2]
+        trained = self._of_records[TRAIN].blocks
+        fullest = sorted(records, key=lambda name: -trained[name].share_used)[: COMPARED_MAX // 2]
         return list({*fullest, *SystemRandom().sample(sorted(self.policies), COMPARED_MAX // 2)})
 
     def compare(self, accounts: Mapping[str, Account]) -> None:
@@ -132,17 +134,20 @@ class _Recount:
         policy = self.policies[name]
         if policy.unit == "user":
             return self._of_users.present(name, side)
-        newest = self._of_records[side][name].newest
+        newest = self._of_records[side].newest(name)
         return [newest, (0.0,) * len(policy.orders)] if policy.days else [newest]
 
     def block(self, name: str) -> BlockAudit:
         """One block's part of the report."""
-        if self.policies[name].unit == "user":
-            return _block(self._of_users, name)
         policy = self.policies[name]
-        if id(policy) not in self._promised:  # the hash of a policy takes longer than all else that is done here
-            self._promised[id(policy)] = _promises(policy)
-        return _block_of(name, policy, self._promised[id(policy)], *(s[name] for s in self._of_records.values()))
+        if policy.unit == "user":
+            return _block(self._of_users, name)
+        promises = self._promised.get(id(policy))
+        if promises is None:  # the hash of a policy takes longer than all else that is done here
+            promises = self._promised[id(policy)] = _promises(policy)
+        return _block_of(
+            name, policy, promises, self._of_records[TRAIN].blocks[name], self._of_records[HOLDOUT].blocks[name]
+        )
 
 
 def recompute(stream: str, rows: Sequence[LedgerRow], policies: Mapping[str, Policy]) -> AuditReport:
@@ -266,7 +271,7 @@ def _block(books: _Books, name: str) -> BlockAudit:
         test = any(entry.row.noise_source == "test" for entry in paid)
         total = books.total(name, account)
         fixed = accounting.epsilon_from_rdp(total, policy.orders, policy.delta)[0] if paid else 0.0
-        sides.append(Spending(total, (), fixed, books.share_used(name, account), test, _names(paid)))
+        sides.append(Spending(fixed, books.share_used(name, account), test, _names(paid)))
     return _block_of(name, policy, _promises(policy), *sides)
 
 

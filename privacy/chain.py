@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate, groupby
 from json.encoder import encode_basestring
 from typing import Any, Literal
 
 import numpy as np
 import sqlalchemy as sa
-from numpy.typing import NDArray
 
 from privacy import accounting, tables
 from privacy.accounting import Indices, Mechanism
@@ -31,7 +28,6 @@ from privacy.canonical import canonical
 from privacy.errors import LedgerBroken, PrivacyError
 from privacy.policy import TRAIN
 
-Letters = NDArray[np.uint8]
 State = Literal["reserved", "started", "committed", "cancelled"]
 GENESIS = "0" * 64
 # Whole numbers beyond are not JSON (RFC 8785).
@@ -151,9 +147,8 @@ def hash_of(row: BlockRow | LedgerRow) -> str:
     try:
         if isinstance(row, BlockRow):
             return _sha256(_block_body(row))
-        runs = groupby(row.charges, key=lambda charge: charge.mechanism)
-        texts = (_run_text([charge.block_id for charge in run], _mechanism_text(mechanism)) for mechanism, run in runs)
-        return _sha256(_row_body(row, ",".join(texts)))
+        charges = (_head_text(charge.block_id) + _mechanism_text(charge.mechanism) for charge in row.charges)
+        return _sha256(_row_body(row, ",".join(charges)))
     except TypeError as error:
         raise PrivacyError(f"value cannot be encoded as canonical JSON: {error}") from None
 
@@ -271,19 +266,23 @@ def read_rows(db: sa.Connection, where: sa.ColumnElement[bool] | None = None) ->
     Raises:
         LedgerBroken: a charge that nobody could have written.
     """
+    steps = list(_rows(db, where))
+    if where is not None and not steps:
+        return []
     mechanisms = _mechanisms(db, where)
     packed = list(_charges(db, where))
-    names = _names(db, {block for _, blocks, _ in packed for block in blocks})
+    names = _names(db, [blocks for _, blocks, _ in packed])
     charged: dict[int, tuple[Charge, ...]] = {}
     for seq, blocks, numbers in packed:
         own = mechanisms.pop(seq, {})
-        _check_numbers(seq, numbers, own)
+        _check_numbers(seq, numbers.tolist(), own)
         try:
-            pairs = [(names[block], own[number]) for block, number in zip(blocks, numbers, strict=True)]
+            together = zip(blocks.tolist(), numbers.tolist(), strict=True)
+            pairs = [(names[block], own[number]) for block, number in together]
         except KeyError:
             raise LedgerBroken(f"ledger row {seq}: charges blocks that were not known at its time") from None
         charged[seq] = tuple(Charge(name, *mechanism) for name, mechanism in pairs)
-    rows = [_row(found, charged.pop(found.seq, ())) for found in _rows(db, where)]
+    rows = [_row(found, charged.pop(found.seq, ())) for found in steps]
     if lost := charged.keys() | mechanisms.keys():
         raise LedgerBroken(f"ledger row {min(lost)}: is missing, though its charges are there")
     return rows
@@ -323,9 +322,9 @@ class _Columns:
         self._charges = _charges(db, None)
         self._own = _mechanisms(db, None)
         self._known = known
-        # Copies that lie side by side: a row names blocks of all ages, and the processor need not look far for them.
-        self._names: list[str] = json.loads(json.dumps([row.block_id for row in blocks]))
-        self._letters = _letters(self._names)
+        # (B,) the beginnings of charges as bytes side by side: a row names blocks of all ages, and the processor need
+        # not look far for them. The zeros that fill up the shorter ones are dropped again; JSON has none.
+        self._heads = np.array([_head_text(row.block_id).encode("utf-8") for row in blocks] or [b""])
         self._numbers: dict[Mechanism, int] = {}
         self._block: list[Indices] = []
         self._mechanism: list[Indices] = []
@@ -351,24 +350,22 @@ class _Columns:
             lost = min([*self._own, *([waiting[0]] if waiting else [])])
             raise LedgerBroken(f"ledger row {lost}: is missing, though its charges are there")
 
-    def _take(self, row: LedgerRow, blocks: list[int], numbers: list[int]) -> str:
+    def _take(self, row: LedgerRow, blocks: Indices, numbers: Indices) -> str:
         """Keep one row's charges; returns their canonical JSON."""
         own = self._own.pop(row.seq, {})
-        _check_numbers(row.seq, numbers, own)
-        found = np.array(blocks)
-        if found.dtype != np.int64 or found.min() < 1:
-            raise LedgerBroken(f"ledger row {row.seq}: a charge was changed (blocks {blocks[:9]})")
-        _check_known(row, int(found.max()), self._known)
-        self._block.append(found - 1)
-        runs = _runs(numbers, own)
+        if blocks.min() < 1:
+            raise LedgerBroken(f"ledger row {row.seq}: a charge was changed (blocks {blocks[:9].tolist()})")
+        _check_known(row, int(blocks.max()), self._known)
+        # Stretches of one mechanism: a row has few mechanisms, and mostly one stretch of each.
+        starts = [0, *(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist()]
+        runs = list(zip(numbers[starts].tolist(), starts, [*starts[1:], len(numbers)], strict=True))
+        _check_numbers(row.seq, [number for number, _, _ in runs], own)
         kinds = [self._numbers.setdefault(own[number], len(self._numbers)) for number, _, _ in runs]
+        self._block.append(blocks - 1)
         self._mechanism.append(np.repeat(np.array(kinds), [last - first for _, first, last in runs]))
-        tails = [_mechanism_text(own[number]) for number, _, _ in runs]
-        if self._letters is not None:
-            parts = (self._letters[found[first:last] - 1] for _, first, last in runs)
-            return ",".join(_letters_text(part, tail) for part, tail in zip(parts, tails, strict=True))
-        names = [self._names[block - 1] for block in blocks]
-        return ",".join(_run_text(names[first:last], tail) for (_, first, last), tail in zip(runs, tails, strict=True))
+        heads: list[bytes] = self._heads[self._block[-1]].tolist()
+        tails = [(_mechanism_text(own[number]).encode("ascii"), first, last) for number, first, last in runs]
+        return b",".join((tail + b",").join(heads[first:last]) + tail for tail, first, last in tails).decode("utf-8")
 
     def history(self, blocks: Sequence[BlockRow], rows: Sequence[LedgerRow]) -> History:
         """What was read, once `hashes` is at its end."""
@@ -383,43 +380,9 @@ class _Columns:
         )
 
 
-def _runs(numbers: Sequence[int], own: Mapping[int, Mechanism]) -> list[tuple[int, int, int]]:
-    """(number, first, last): stretches of one mechanism. A row has few mechanisms, and mostly one stretch of each."""
-    starts = sorted(own)
-    runs = list(zip(starts, starts, [*starts[1:], len(numbers)], strict=True))
-    if numbers == [number for number, first, last in runs for _ in range(last - first)]:
-        return runs
-    lengths = [(number, len(list(run))) for number, run in groupby(numbers)]
-    ends = list(accumulate(length for _, length in lengths))
-    return [(number, end - length, end) for (number, length), end in zip(lengths, ends, strict=True)]
-
-
-def _run_text(names: Sequence[str], tail: str) -> str:
-    """Canonical JSON of charges of one mechanism, without the brackets."""
-    together = "".join(names)
-    if len(encode_basestring(together)) != len(together) + 2:  # something in there needs an escape
-        return ",".join(f'{{"block_id":{_text(name)}{tail}' for name in names)
-    head = '{"block_id":"'
-    return head + f'"{tail},{head}'.join(names) + f'"{tail}'
-
-
-def _letters(names: Sequence[str]) -> Letters | None:
-    """(N, L) bytes of names that are of one length and need no escape, as made names are; else None."""
-    together = "".join(names)
-    lengths = {len(name) for name in names}
-    if len(lengths) != 1 or not together.isascii() or len(encode_basestring(together)) != len(together) + 2:
-        return None
-    return np.frombuffer(together.encode("ascii"), np.uint8).reshape(len(names), -1)
-
-
-def _letters_text(names: Letters, tail: str) -> str:
-    """`_run_text` of (n, L) bytes."""
-    head, end = b'{"block_id":"', f'"{tail},'.encode("ascii")
-    text = np.empty((len(names), len(head) + names.shape[1] + len(end)), np.uint8)
-    text[:, : len(head)] = np.frombuffer(head, np.uint8)
-    text[:, len(head) : -len(end)] = names
-    text[:, -len(end) :] = np.frombuffer(end, np.uint8)
-    return text.tobytes()[:-1].decode("ascii")
+def _head_text(block_id: str) -> str:
+    """A charge as canonical JSON, up to its mechanism."""
+    return f'{{"block_id":{_text(block_id)}'
 
 
 def _rows(db: sa.Connection, where: sa.ColumnElement[bool] | None) -> Iterable[Any]:
@@ -435,20 +398,20 @@ def _row(found: Any, charges: tuple[Charge, ...]) -> LedgerRow:
 _CHARGES_AT = list(LedgerRow.__dataclass_fields__).index("charges")
 
 
-def _charges(db: sa.Connection, where: sa.ColumnElement[bool] | None) -> Iterator[tuple[int, list[int], list[int]]]:
+def _charges(db: sa.Connection, where: sa.ColumnElement[bool] | None) -> Iterator[tuple[int, Indices, Indices]]:
     try:
         yield from tables.charges_by_row(db, where)
     except ValueError as error:
         raise LedgerBroken(str(error)) from None
 
 
-def _names(db: sa.Connection, blocks: Collection[int]) -> dict[int, str]:
+def _names(db: sa.Connection, blocks: Sequence[Indices]) -> dict[int, str]:
     """Ids of blocks by their number."""
-    found: dict[int, str] = {}
-    for part in tables.in_parts(sorted(blocks)):
-        query = sa.select(tables.blocks.c.seq, tables.blocks.c.block_id).where(tables.blocks.c.seq.in_(part))
-        found.update((seq, name) for seq, name in db.execute(query))
-    return found
+    if not blocks:
+        return {}
+    asked = tables.among(db, tables.blocks.c.seq, np.unique(np.concatenate(blocks)))
+    query = sa.select(tables.blocks.c.seq, tables.blocks.c.block_id).where(asked)
+    return {row.seq: row.block_id for row in db.execute(query)}
 
 
 def _mechanisms(db: sa.Connection, where: sa.ColumnElement[bool] | None) -> dict[int, dict[int, Mechanism]]:

@@ -352,10 +352,9 @@ def _append(db: sa.Connection, draft: LedgerRow, now: datetime) -> LedgerRow:
     db.execute(sa.insert(tables.ledger).values(**values))
     if row.charges:
         numbers: dict[Mechanism, int] = {}
-        places: dict[str, int] = {}
-        for part in tables.in_parts([charge.block_id for charge in row.charges]):
-            known = sa.select(tables.blocks.c.block_id, tables.blocks.c.seq).where(tables.blocks.c.block_id.in_(part))
-            places.update((name, place) for name, place in db.execute(known))
+        charged = tables.among(db, tables.blocks.c.block_id, [charge.block_id for charge in row.charges])
+        known = sa.select(tables.blocks.c.block_id, tables.blocks.c.seq).where(charged)
+        places = {row.block_id: row.seq for row in db.execute(known)}
         beside = [
             {
                 "seq": row.seq,
@@ -381,14 +380,12 @@ def _unknown(db: sa.Connection, stream: str, texts: Mapping[str, str]) -> list[s
         LedgerConflict: one is known with another policy or in another stream.
     """
     known = set()
-    for part in tables.in_parts(list(texts)):
-        columns = (tables.blocks.c.block_id, tables.blocks.c.stream, tables.blocks.c.policy)
-        for name, where, text in db.execute(sa.select(*columns).where(tables.blocks.c.block_id.in_(part))):
-            if (where, text) != (stream, texts[name]):
-                raise LedgerConflict(
-                    f"block={name}: is known with another policy or stream; a sealed policy never changes"
-                )
-            known.add(name)
+    columns = (tables.blocks.c.block_id, tables.blocks.c.stream, tables.blocks.c.policy)
+    asked = tables.among(db, tables.blocks.c.block_id, list(texts))
+    for name, where, text in db.execute(sa.select(*columns).where(asked)):
+        if (where, text) != (stream, texts[name]):
+            raise LedgerConflict(f"block={name}: is known with another policy or stream; a sealed policy never changes")
+        known.add(name)
     return [name for name in texts if name not in known]
 
 

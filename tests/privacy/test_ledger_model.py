@@ -289,11 +289,9 @@ def test_the_model_finds_a_ledger_that_is_wrong(quick, monkeypatch, broken):
     monkeypatch.setattr(ledger_module, "_now", ledger_module._now)
     counted = accounts._counted
     if broken == "forgets the account":
-        monkeypatch.setattr(accounts, "_counted", lambda e, _, *rest: counted(e, "train", *rest))
+        monkeypatch.setattr(accounts, "_counted", lambda charges, _, *rest: counted(charges, 0, *rest))
     elif broken == "forgets the window":
-        monkeypatch.setattr(
-            accounts, "_counted", lambda e, account, *_: [x.mechanism for x in e if x.account == account]
-        )
+        monkeypatch.setattr(accounts, "_counted", lambda charges, account, _: charges.account == account)
     elif broken == "follows the clock back":
         monkeypatch.setattr(accounts, "present_window", lambda *args: args[2].window_at(args[3]))
     else:

@@ -70,6 +70,13 @@ def update(table, keys, before, after):
     return f"UPDATE {table} SET {assigned} WHERE {where}", (*after.values(), *(before[key] for key in keys))
 
 
+@pytest.mark.parametrize("block", ["'1,2'", "2.5", "'x'", "x'31'"])
+def test_what_is_no_number_is_no_block(spent, raw, block):
+    raw.execute(f"UPDATE charges SET block = {block} WHERE seq = 1 AND position = 1")
+    with pytest.raises(LedgerError):
+        spent.verify_chain()
+
+
 @pytest.mark.parametrize("table", KEYS)
 def test_a_row_taken_out_is_found(spent, raw, table):
     raw.execute(f"DELETE FROM {table} WHERE ({KEYS[table]}) IN (SELECT {KEYS[table]} FROM {table} LIMIT 1)")
