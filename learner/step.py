@@ -20,12 +20,15 @@ if TYPE_CHECKING:
     from learner.prefix import PrefixCache, SplitModel
     from privacy.randomness import KeyedStream
 
-# The fp32 norm of a 400,000-long row is off by 5e-5, enough to exceed C. Chunks of this size are summed in fp64.
-NORM_CHUNK = 4096
-# Above this norm the factor C / norm would be a denormal fp32 number, too coarse to hold the bound: as broken as NaN.
-NORM_MAX = 1e30
-# Scaling a row to norm C rounds every entry to fp32 (6e-8 relative). The bound that is charged for must hold with that.
-CLIP_MARGIN = 1.0 - 1e-6
+# Entries whose squares are summed in fp32; the sums of the chunks are added in fp64. n squares summed in fp32, in
+# whatever order, are off by at most n * 2^-24 of the sum: 1.6e-5 here, so half of that in the norm. Squares too small
+# for fp32 hide a norm of 1e-15 in a million entries, nothing beside any clip norm.
+NORM_CHUNK = 256
+# Above this norm the squares leave fp32: as broken as NaN.
+NORM_MAX = 1e18
+# The bound that is charged for must hold although the norm may be read 8e-6 too small, and scaling a row to norm C
+# rounds the factor and every entry to fp32 (6e-8 each).
+CLIP_MARGIN = 1.0 - 1e-5
 # Completion positions whose logits are held at a time: 256 * 151,936 * 4 bytes = 156 MB on Qwen2.5.
 LOGIT_ROWS = 256
 
@@ -87,8 +90,8 @@ class PrivateStep:
     def gradient(self, stream: KeyedStream) -> Tensor:
         """The step's noisy mean gradient, (P,) fp32. An empty draw is noise over the expected batch."""
         total = self.clipped_sum(draw(self._units, stream), stream)
-        noise = stream.gaussians(len(total))
-        total += torch.from_numpy(noise) * (self._mechanism.sigma * self._mechanism.clip_norm)
+        noise = torch.from_numpy(stream.gaussians(len(total)))
+        total.add_(noise, alpha=self._mechanism.sigma * self._mechanism.clip_norm)
         return total.div_(self._mechanism.expected_batch).float()
 
     def clipped_sum(self, drawn: Sequence[int], stream: KeyedStream) -> Tensor:
@@ -156,11 +159,11 @@ def loss_gradient(hidden: Tensor, head: Tensor, target: Tensor, weight: Tensor) 
 
 def clip_weights(rows: Tensor, clip_norm: float) -> Tensor:
     """(U,) factors min(1, C / norm). A row that is not finite is set to zero in place and counts as a zero gradient."""
-    squares = torch.zeros(len(rows), dtype=torch.float64)
-    for first in range(0, rows.shape[1], NORM_CHUNK):
-        chunk = rows[:, first : first + NORM_CHUNK]
-        squares += chunk.double().square_().sum(dim=1)
-    norms = squares.sqrt_()
+    count = rows.shape[1] // NORM_CHUNK
+    whole = count * NORM_CHUNK
+    chunks = rows[:, :whole].view(len(rows), count, NORM_CHUNK)
+    parts = (torch.linalg.vector_norm(chunks, dim=2), torch.linalg.vector_norm(rows[:, None, whole:], dim=2))
+    norms = torch.cat(parts, dim=1).double().square_().sum(dim=1).sqrt_()
     broken = ~(norms < NORM_MAX)  # also true for NaN
     if bool(broken.any()):
         rows[broken] = 0.0

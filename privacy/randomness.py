@@ -125,16 +125,20 @@ class KeyedStream:
 
     def uniforms(self, n: int, purpose: str = "draw") -> NDArray[np.float64]:
         """`(n,)` uniforms in [0, 1); fewer asked are a prefix of more, bit for bit, for one purpose, step and key."""
-        return _uniforms(self._keystream(purpose), n)
+        uniforms = np.empty(n)
+        _fill_uniforms(self._keystream(purpose), np.empty(n, dtype="<u8"), uniforms)
+        return uniforms
 
     def gaussians(self, n: int, purpose: str = "noise") -> NDArray[np.float64]:
         """`(n,)` independent standard normals, each the scaled sum of four Box-Muller samples; prefixes as above."""
-        normals = np.empty(n)
+        normals = np.empty(-(-n // CHUNK) * CHUNK)
         keystream = self._keystream(purpose)
+        # Fresh memory for every chunk would cost more than the arithmetic: the system hands it out page by page.
+        words, uniforms = np.empty(CHUNK * SUMMANDS, dtype="<u8"), np.empty(CHUNK * SUMMANDS)
         for first in range(0, n, CHUNK):
-            part = normals[first : first + CHUNK]
-            part[:] = _gaussians(_uniforms(keystream, CHUNK * SUMMANDS))[: len(part)]
-        return normals
+            _fill_uniforms(keystream, words, uniforms)
+            _fill_gaussians(uniforms, normals[first : first + CHUNK])
+        return normals[:n]
 
     def _keystream(self, purpose: str) -> CipherContext:
         derived = _derive(self._secret, self._info + b"|" + purpose.encode("utf-8"))
@@ -142,22 +146,32 @@ class KeyedStream:
         return Cipher(ChaCha20(derived, bytes(16)), mode=None).encryptor()
 
 
-def _uniforms(keystream: CipherContext, n: int) -> NDArray[np.float64]:
-    words = np.frombuffer(keystream.update(bytes(8 * n)), dtype="<u8")
-    return (words >> _SHIFT).astype(np.float64) * _UNIT
+def _fill_uniforms(keystream: CipherContext, words: NDArray[np.uint64], out: NDArray[np.float64]) -> None:
+    """The next words of the keystream, kept in `words` (n,), as uniforms (n,)."""
+    keystream.update_into(bytes(words.nbytes), words.view(np.uint8).data)
+    np.right_shift(words, _SHIFT, out=words)
+    np.multiply(words, _UNIT, out=out)
 
 
-def _gaussians(uniforms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(SUMMANDS * n,) uniforms, n even, to (n,) standard normals."""
-    radii, angles = uniforms.reshape(2, SUMMANDS, -1)
-    np.log1p(-radii, out=radii)  # 1 - u is in (0, 1], so the logarithm is finite
-    radii *= -2.0
+def _fill_gaussians(uniforms: NDArray[np.float64], out: NDArray[np.float64]) -> None:
+    """(SUMMANDS * n,) uniforms, n even, to (n,) standard normals; the uniforms are overwritten.
+
+    A Box-Muller pair is radius * (cos, sin) of an angle; both follow from the tangent t of half of it, which costs less
+    than either: cos = (1 - t^2) / (1 + t^2) and sin = 2 t / (1 + t^2).
+    """
+    radii, tangents = uniforms.reshape(2, SUMMANDS, -1)
+    np.negative(radii, out=radii)
+    np.log1p(radii, out=radii)  # 1 - u is in (0, 1], so the logarithm is finite
+    radii *= -2.0 / SUMMANDS  # the sum's scale, 1 / sqrt(SUMMANDS), goes under the root too
     np.sqrt(radii, out=radii)
-    angles *= 2.0 * np.pi
-    cosines = (radii * np.cos(angles)).sum(axis=0)
-    sines = (radii * np.sin(angles)).sum(axis=0)
-    normals: NDArray[np.float64] = np.concatenate((cosines, sines)) / np.sqrt(SUMMANDS)
-    return normals
+    tangents *= np.pi
+    np.tan(tangents, out=tangents)  # at most 1.6e16: no double is pi / 2
+    squares = tangents * tangents
+    radii /= 1.0 + squares
+    cosines, sines = out.reshape(2, -1)
+    np.sum(radii * (1.0 - squares), axis=0, out=cosines)
+    radii *= 2.0
+    np.sum(radii * tangents, axis=0, out=sines)
 
 
 def _derive(secret: bytes, info: bytes) -> bytes:
