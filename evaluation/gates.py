@@ -47,6 +47,7 @@ class CandidateFacts:
         epsilon, delta, unit: the sealed guarantee.
         private: False when the round's noise was test noise, which guarantees nothing.
         promise: the sealed guarantee in words, with its horizon (privacy.policy.Policy.promise).
+        problem: why its files cannot be read as an adapter of this base, so that nothing can be asked of it; or empty.
     """
 
     adapter_sha256: str
@@ -60,6 +61,7 @@ class CandidateFacts:
     unit: str
     private: bool
     promise: str = ""
+    problem: str = ""
 
 
 def check(policy: GatePolicy) -> tuple[tuple[Rule, Metric], ...]:
@@ -376,6 +378,8 @@ def _scores_finite(said: Predictions) -> Gate:
 def _weights_changed(facts: CandidateFacts) -> Gate:
     delta = facts.max_abs_delta
     version, bound = "max-abs-delta/1", "> 0 and finite"
+    if facts.problem:
+        return Gate("weights_changed", version, "failed", f"the adapter cannot be used: {facts.problem}", bound)
     if math.isfinite(delta) and delta > 0:
         return Gate("weights_changed", version, "passed", f"weights moved by up to {delta:.3g}", bound, delta)
     if delta == 0:

@@ -254,8 +254,10 @@ def _hold(rule: Rule, metric: Metric, ours: Measurement, parts: Sequence[_Part])
         names = ", ".join(f"{part.shown} has {part.n} records, needs {part.needed}" for part in small)
         sentence = f"{phrase(rule, metric)} cannot be decided: {names}"
     else:
-        held = "nothing is forgotten" if metric.name == "accuracy" else f"{metric.name} is held"
-        sentence = f"{held} against {_other(rule)} (lowest: {told.shown} {_change(gain.value, metric)})"
+        held, least = f"{metric.name} is held", "worst"
+        if metric.name == "accuracy":
+            held, least = "nothing is forgotten", "lowest"
+        sentence = f"{held} against {_other(rule)} ({least}: {told.shown} {_change(gain.value, metric)})"
     outcome: Outcome = "failed" if lost else "undecided" if small else "passed"
     drop = Score(-gain.value + 0.0, gain.se, gain.n)
     return _gate(rule, metric, ours, outcome, sentence, drop, p=p, test=_comparison(told).test)
@@ -377,7 +379,9 @@ def _change(gain: float, metric: Metric) -> str:
     digits = ".1f" if metric.unit == "share" else ".3g"
     if metric.better == "higher":
         return f"{amount:+{digits}} {unit}"
-    return f"{abs(amount):{digits}} {unit} {'lower' if gain >= 0 else 'higher'}"
+    if gain == 0:
+        return "the same"
+    return f"{abs(amount):{digits}} {unit} {'lower' if gain > 0 else 'higher'}"
 
 
 def p_text(p: float | None) -> str:

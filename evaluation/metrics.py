@@ -21,7 +21,7 @@ RESAMPLES = 1000
 # How often records are exchanged. The least p-value is 1 / (EXCHANGES + 1), small enough for Holm over twenty slices
 # at 0.01; the rate of false alarms is kept at any number of exchanges.
 EXCHANGES = 1999
-# Exchanges whose statistic is computed at once, and the most records whose exchanges are kept for the next test: 16 MB.
+# Exchanges whose statistic is computed at once; and the most records whose draws are kept for the next test: 16 MB.
 _CHUNK = 256
 _KEPT_RECORDS_MAX = 1000
 # Both are drawn anew from this seed for each number of records: the same candidate always gets the same verdict.
@@ -150,9 +150,17 @@ def _exchanged(
     return np.concatenate(gains), se
 
 
-@lru_cache(maxsize=8)
 def _resamples(n: int) -> Weights:
     """(RESAMPLES, n): how often each record is drawn."""
+    return _kept_resamples(n) if n <= _KEPT_RECORDS_MAX else _draw_resamples(n)
+
+
+@lru_cache(maxsize=8)
+def _kept_resamples(n: int) -> Weights:
+    return _draw_resamples(n)
+
+
+def _draw_resamples(n: int) -> Weights:
     rng = np.random.default_rng([_SEED, n])
     return rng.multinomial(n, np.full(n, 1.0 / n), size=RESAMPLES).astype(np.float64)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,8 @@ def judge_with(
     from evaluation.gates import evaluate
     from serving.timing import timed
 
-    engine.load("candidate", candidate)
+    if not facts.problem:
+        engine.load("candidate", candidate)
     folders = {"candidate": candidate}
     if live is not None:
         engine.load("live", live)
@@ -200,16 +202,22 @@ def facts_about(
     """The same of any adapter that a round of this workspace trained, by the ledger as it stands now."""
     from evaluation.gates import CandidateFacts
     from learner.adapter import read_adapter
+    from learner.errors import AdapterError
 
     policies = [service.ledger.policy(block.id) for block in plan.blocks]
-    adapter = read_adapter(adapter_dir, base=base)
     parent = read_adapter(service.workspace.adapters / plan.parent_sha256, base=base) if plan.parent_sha256 else None
+    delta, problem = math.nan, ""
+    try:
+        delta = read_adapter(adapter_dir, base=base).max_abs_delta(parent)
+    except AdapterError as error:
+        # Weights that are no numbers, or no weights: that is a verdict on the candidate, not the end of the round.
+        problem = str(error)
     shares = [service.ledger.share_used(block.id) for block in plan.blocks]
     return CandidateFacts(
         adapter_sha256=adapter_sha256,
         parent_sha256=plan.parent_sha256,
         base_sha256=base.sha256,
-        max_abs_delta=adapter.max_abs_delta(parent),
+        max_abs_delta=delta,
         budget_kept=max(shares) <= 1.0,
         share_used=max(shares),
         epsilon=max(p.epsilon for p in policies),
@@ -217,6 +225,7 @@ def facts_about(
         unit=plan.unit,
         private=plan.noise_source == "system",
         promise="; ".join(sorted({policy.promise() for policy in policies})),
+        problem=problem,
     )
 
 
