@@ -67,22 +67,15 @@ def test_an_older_ledger_refuses_a_round(desk, tiny):
         cycle.run(service, STREAM)
 
 
-@pytest.mark.parametrize("missing", ["gate set", "metric"])
-def test_what_would_keep_a_candidate_from_being_judged_is_found_before_anything_is_spent(desk, missing):
-    if missing == "gate set":
-        (desk.root / "gates" / f"{STREAM}.jsonl").unlink()
-    else:
-        name = f"TIDEGATE__STREAMS__{STREAM.upper()}__EVALUATION__GATES"
-        os.environ[name] = '[{metric: "my_team:nowhere", bound: 0.5}]'
-    try:
-        done = desk.run("round", STREAM, check=False)
-    finally:
-        os.environ.pop(f"TIDEGATE__STREAMS__{STREAM.upper()}__EVALUATION__GATES", None)
-    assert done.returncode == 1
-    assert {"gate set": "cannot be read", "metric": "metric=my_team:nowhere: cannot be imported"}[
-        missing
-    ] in done.stderr
-    assert "Traceback" not in done.stderr
+def test_what_would_keep_a_candidate_from_being_judged_is_found_before_anything_is_spent(desk):
+    policy = {f"TIDEGATE__STREAMS__{STREAM.upper()}__EVALUATION__GATES": '[{metric: "my_team:nowhere", bound: 0.5}]'}
+    no_metric = desk.run("round", STREAM, check=False, env={**os.environ, **policy})
+    (desk.root / "gates" / f"{STREAM}.jsonl").unlink()
+    no_gate_set = desk.run("round", STREAM, check=False)
+    for done, says in ((no_metric, "metric=my_team:nowhere: cannot be imported"), (no_gate_set, "cannot be read")):
+        assert done.returncode == 1
+        assert says in done.stderr
+        assert "Traceback" not in done.stderr
     assert desk.service().ledger.rows(STREAM) == []
     assert not list((desk.root / "rounds").glob("*/plan.json"))
 

@@ -24,6 +24,12 @@ def good(tiny, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def engine(tiny):
+    with InProcessEngine(tiny, system="") as made:
+        yield made
+
+
 def ruin(folder, how):
     file = folder / "adapter_model.safetensors"
     if how == "missing":
@@ -68,12 +74,11 @@ def judged(service, engine, tiny, folder, gate_set):
 
 
 @pytest.mark.parametrize("how", ["whole", "NaN", "missing", "cut short"])
-def test_a_broken_adapter_fails_with_the_reason(tmp_path, tiny, good, how):
+def test_a_broken_adapter_fails_with_the_reason(tmp_path, tiny, engine, good, how):
     folder = shutil.copytree(good, tmp_path / "adapter")
     ruin(folder, how)
     gate_set = write_gate_set(tmp_path / "set.jsonl", per_domain=2)
-    with InProcessEngine(tiny, system="") as engine:
-        found = judged(workspace(tmp_path / "ws"), engine, tiny, folder, gate_set)
+    found = judged(workspace(tmp_path / "ws"), engine, tiny, folder, gate_set)
     if how == "whole":
         assert found.outcome == "undecided", "six records decide nothing, and the engine was asked"
         return
