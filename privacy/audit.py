@@ -14,9 +14,10 @@ from random import SystemRandom
 from typing import Any, NamedTuple
 
 from privacy import accounting
-from privacy.accounts import Account, policy_of
+from privacy.accounts import Account
 from privacy.chain import Charge, History, LedgerRow, without_collection
 from privacy.errors import LedgerBroken
+from privacy.facts import policy_of
 from privacy.ledger import Ledger
 from privacy.policy import ACCOUNTS, HOLDOUT, TRAIN, Policy
 from privacy.recount import Spending, recount

@@ -23,6 +23,7 @@ from privacy.accounts import Account, Shortfall
 from privacy.canonical import canonical
 from privacy.chain import GENESIS, BlockRow, Charge, History, LedgerRow, State, hash_of
 from privacy.errors import BudgetExceeded, LedgerBehindReceipt, LedgerConflict, LedgerError
+from privacy.facts import Facts, policy_of
 from privacy.policy import TRAIN, Policy
 
 __all__ = ["GENESIS", "Account", "Charge", "Ledger", "LedgerRow", "Shortfall", "Snapshot", "State"]
@@ -57,7 +58,7 @@ class Ledger:
 
     def __init__(self, url: str) -> None:
         self._engine = tables.open_database(url)
-        self._facts = accounts.Facts()
+        self._facts = Facts()
 
     def close(self) -> None:
         """Give the connections back."""
@@ -87,7 +88,7 @@ class Ledger:
         """
         texts = {name: canonical(dict(policy)).decode("utf-8") for name, policy in frozen_policies.items()}
         for text in set(texts.values()):
-            accounts.policy_of(text)
+            policy_of(text)
         # Asked for every block before every round; nearly always the answer is there to be read.
         with tables.reading(self._engine) as db:
             if not _unknown(db, stream, texts):

@@ -294,6 +294,25 @@ def test_a_handle_forgets_when_an_older_ledger_is_put_in_its_place(sqlite_ledger
     assert sqlite_ledger.spent("b1") == accounting.rdp(0.25, 9.0, 30, POLICY.orders)
 
 
+def test_of_users_a_handle_remembers_no_more_than_holds(sqlite_ledger, quick):
+    users, file = Policy("user", 8.0, 1e-5), quick / "ledger.db"
+    sqlite_ledger.register_block("u", "u1", users.frozen(500))
+    other = Ledger(f"sqlite:///{file}")
+    sqlite_ledger.reserve("u", "r1", 1, PLAN, [charge("u1")])
+    assert other.share_used("u1") == sqlite_ledger.share_used("u1") > 0.0
+    older = file.read_bytes()
+    sqlite_ledger.register_block("u", "u2", users.frozen(7))
+    assert [short.block_id for short in other.shortfalls([charge("u1", sigma=0.5)])] == ["u1", "u2"]
+    sqlite_ledger.cancel("r1", 1, PLAN)
+    assert other.spent("u2") == sqlite_ledger.spent("u2") == (0.0,) * len(users.orders)
+    for handle in (sqlite_ledger, other):
+        handle._engine.dispose()
+    file.write_bytes(older)
+    assert other.share_used("u1") == sqlite_ledger.share_used("u1") > 0.0
+    assert [short.block_id for short in other.shortfalls([charge("u1", sigma=0.5)])] == ["u1"]
+    other.close()
+
+
 def test_many_blocks_are_made_known_at_once_or_none_is(ledger):
     with pytest.raises(LedgerConflict, match="b1"):
         ledger.register_blocks("s", {"n1": POLICY.frozen(7), "b1": HELD.frozen(500)})

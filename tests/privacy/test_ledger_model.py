@@ -284,7 +284,7 @@ def test_the_ledger_behaves_like_its_model(quick, monkeypatch):
     ["forgets the account", "forgets the window", "follows the clock back", "counts what was cancelled"],
 )
 def test_the_model_finds_a_ledger_that_is_wrong(quick, monkeypatch, broken):
-    from privacy import accounts
+    from privacy import accounts, facts
 
     monkeypatch.setattr(ledger_module, "_now", ledger_module._now)
     counted = accounts._counted
@@ -295,8 +295,8 @@ def test_the_model_finds_a_ledger_that_is_wrong(quick, monkeypatch, broken):
     elif broken == "follows the clock back":
         monkeypatch.setattr(accounts, "present_window", lambda *args: args[2].window_at(args[3]))
     else:
-        monkeypatch.setattr(accounts, "_released", lambda: sa.literal(value=False) == sa.literal(value=True))
-        monkeypatch.setattr(accounts.Facts, "_catch_up", lambda *_: None)
+        monkeypatch.setattr(facts, "_released", lambda: sa.literal(value=False) == sa.literal(value=True))
+        monkeypatch.setattr(facts.Facts, "_catch_up", lambda *_: None)
     LedgerModel.folder = quick
     with pytest.raises((AssertionError, LedgerBroken)):
         run_state_machine_as_test(
