@@ -75,6 +75,17 @@ class OptimiserSettings(_Value):
     betas: tuple[Share, Share] = (0.9, 0.999)
 
 
+class ContinualSettings(_Value):
+    """How the round keeps what the live adapter knows: see learner/continual.py.
+
+    `replay` needs replay blocks and a rate; `rank_groups` is for `orthogonal`, `weight` of the new one for `average`.
+    """
+
+    method: Literal["sequential", "replay", "orthogonal", "average"] = "replay"
+    rank_groups: Annotated[int, Field(ge=1)] = 5
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+
 class BlockRate(_Value):
     """A block, and the rate at which each of its units is drawn in every step."""
 
@@ -93,7 +104,7 @@ class RoundPlan(_Value):
     data_revision: str
     unit: Literal["record", "user"]
     blocks: Annotated[tuple[BlockRate, ...], Field(min_length=1)]
-    left_out: tuple[str, ...] = ()  # replay blocks that could not pay, by the ledger alone
+    left_out: tuple[str, ...] = ()  # replay blocks that could not pay, by the ledger alone, or are not replayed
     orders: Annotated[tuple[int, ...], Field(min_length=1)]  # Rényi orders the blocks' filters look at
     sigma: Annotated[float, Field(gt=0)]
     clip_norm: Annotated[float, Field(gt=0)]
@@ -101,6 +112,7 @@ class RoundPlan(_Value):
     expected_batch: Annotated[float, Field(gt=0)]
     lora: LoraSettings
     optimiser: OptimiserSettings
+    continual: ContinualSettings = ContinualSettings()
     noise_source: Literal["system", "test"] = "system"
     code_sha256: str
 
@@ -173,6 +185,7 @@ def plan_round(
     sigma_max: float = SIGMA_MAX,
     lora: LoraSettings | None = None,
     optimiser: OptimiserSettings | None = None,
+    continual: ContinualSettings | None = None,
     noise_source: Literal["system", "test"] = "system",
 ) -> RoundPlan:
     """Choose rates and noise for a round from settings, ledger and public sizes alone.
@@ -180,7 +193,8 @@ def plan_round(
     A unit of a new block is drawn at q, one of a replay block at replay_rate * q (unit user: at q, everybody has one
     rate), so that the draw is expected to hold `expected_batch` units; where q would pass q_max, the batch shrinks.
     sigma is the smallest with which each new block pays at most (1 - replay_share) / attempts of its cap. Replay
-    blocks that cannot pay what is then asked of them are left out, by the ledger alone.
+    blocks that cannot pay what is then asked of them are left out, by the ledger alone; all of them are where
+    `continual` is not replay.
 
     Raises:
         PlanError: no new block, blocks of different units, or a new block that cannot pay at sigma <= sigma_max.
@@ -189,7 +203,8 @@ def plan_round(
     if not new:
         raise PlanError("new blocks=0: must be >= 1; wait for ingest to seal a block")
     rate = 1.0 if unit == "user" else replay_rate
-    kept = tuple(replay) if replay_rate else ()
+    continual = continual or ContinualSettings()
+    kept = tuple(replay) if replay_rate and continual.method == "replay" else ()
     while True:
         q, batch = _rate(new, kept, rate, expected_batch, q_max)
         sigma = _sigma(round_id, new, q, steps, sigma_max)
@@ -217,6 +232,7 @@ def plan_round(
         expected_batch=batch,
         lora=lora or LoraSettings(),
         optimiser=optimiser or OptimiserSettings(),
+        continual=continual,
         noise_source=noise_source,
         code_sha256=code_sha256(),
     )

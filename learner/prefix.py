@@ -9,7 +9,7 @@ positions produce is neither read nor differentiated: no padding mask is needed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -115,9 +115,18 @@ class PrefixCache:
         model: the split model.
         examples: token ids per record.
         bytes_max: memory the cache may take.
+        shared: prefixes by token ids, kept over several rounds of one base and one lowest layer by the caller, who
+            also bounds them. As private as the records.
     """
 
-    def __init__(self, model: SplitModel, examples: Sequence[Sequence[int]], bytes_max: int) -> None:
+    def __init__(
+        self,
+        model: SplitModel,
+        examples: Sequence[Sequence[int]],
+        bytes_max: int,
+        shared: MutableMapping[tuple[int, ...], Tensor] | None = None,
+    ) -> None:
+        self._shared = shared
         self._model = model
         self._examples = examples
         self._bytes_left = bytes_max
@@ -133,6 +142,8 @@ class PrefixCache:
         order = sorted(wanted, key=lambda i: (len(self._examples[i]), i))
         batch: list[int] = []
         for index in order:
+            if self._shared is not None and tuple(self._examples[index]) in self._shared:
+                continue
             if batch and len(self._examples[index]) * (len(batch) + 1) > tokens_max:
                 self._keep(batch)
                 batch = []
@@ -146,6 +157,9 @@ class PrefixCache:
         hidden = self._model.lower(padded([self._examples[i] for i in batch]))
         for row, index in enumerate(batch):
             kept = hidden[row, : len(self._examples[index])].clone()
+            if self._shared is not None:
+                self._shared[tuple(self._examples[index])] = kept
+                continue
             self._bytes_left -= kept.numel() * _BYTES_PER_NUMBER
             if self._bytes_left < 0:
                 return
@@ -153,9 +167,15 @@ class PrefixCache:
 
     def hidden(self, indices: Sequence[int]) -> Tensor:
         """(B, T, H) for these records, padded on the right."""
-        if any(i not in self._kept for i in indices):
+        kept = [prefix for i in indices if (prefix := self._find(i)) is not None]
+        if len(kept) < len(indices):
             return self._model.lower(padded([self._examples[i] for i in indices]))
-        return torch.nn.utils.rnn.pad_sequence([self._kept[i] for i in indices], batch_first=True)
+        return torch.nn.utils.rnn.pad_sequence(kept, batch_first=True)
+
+    def _find(self, index: int) -> Tensor | None:
+        if self._shared is None:
+            return self._kept.get(index)
+        return self._shared.get(tuple(self._examples[index]))
 
 
 def padded(examples: Sequence[Sequence[int]]) -> Tensor:

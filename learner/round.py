@@ -7,7 +7,7 @@ is the caller's: it reserves and starts before, commits after, and destroys the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -19,6 +19,7 @@ import torch
 from learner.adapter import read_adapter, write_adapter
 from learner.base import load_model, load_tokenizer
 from learner.checkpoint import FILE, Checkpoint, load, save
+from learner.continual import averaged, subspace
 from learner.crosscheck import check_charges
 from learner.errors import AdapterError, ResumeRefused, RoundError
 from learner.lora import LoraModel
@@ -55,6 +56,7 @@ class Speed:
         rows_max: examples in a physical batch, where the buffer allows it.
         buffer_bytes_max: memory of the per-sample gradients.
         prefix_bytes_max: memory of the prefix cache.
+        prefixes: prefixes kept over several rounds, see learner.prefix; None: the round keeps its own.
     """
 
     threads: int | None = None
@@ -63,6 +65,7 @@ class Speed:
     rows_max: int = 64
     buffer_bytes_max: int = 512 << 20
     prefix_bytes_max: int = 2 << 30
+    prefixes: MutableMapping[tuple[int, ...], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,8 @@ def run_round(
         examples = [_example(renderer, record, max_tokens) for record in gathered]
         lora = _start(plan, base, parent_dir, speed)
         begin = lora.theta.clone()
+        kept = plan.continual
+        own = subspace(lora.slots, begin, plan.lora.r, kept.rank_groups) if kept.method == "orthogonal" else None
         streams = [KeyedStream(key, context, step) for step in range(plan.steps)]
         begun = found.step if found else 0
         optimiser = _continue(lora, plan, found)
@@ -135,10 +140,14 @@ def run_round(
         # Before the key is used, also when no step is done: from here on other data is another attempt. And somebody
         # waits: filling the prefix cache takes about as long as ten steps.
         keep(begun)
-        step = _private_step(plan, lora, examples, units, streams, speed)
+        step = _private_step(plan, lora, examples, units, streams, speed, own.mask if own else None)
         for number in range(begun, plan.steps):
             optimiser.step(step.gradient(streams[number]), number)
+            if own:
+                own.hold(lora.theta)
             keep(number + 1)
+        if kept.method == "average" and parent_dir:
+            lora.theta.copy_(averaged(begin, lora.theta, kept.weight))
         delta = float((lora.theta - begin).abs().max())
     if not delta > 0.0:
         raise RoundError(f"max|delta|={delta}: must be > 0; no adapted layer was trained, report this")
@@ -227,15 +236,16 @@ def _private_step(
     units: Sequence[Unit],
     streams: Sequence[KeyedStream],
     speed: Speed,
+    mask: torch.Tensor | None,
 ) -> PrivateStep:
     """The step, with the prefixes of every record that any step will draw computed already."""
     halves = SplitModel(lora.model, lora.layers[0])
-    cache = PrefixCache(halves, [example.ids for example in examples], speed.prefix_bytes_max)
+    cache = PrefixCache(halves, [example.ids for example in examples], speed.prefix_bytes_max, speed.prefixes)
     drawn = {unit for stream in streams for unit in draw(units, stream)}
     cache.fill([index for unit in drawn for index in units[unit].examples], speed.tokens_max)
     mechanism = Mechanism(plan.clip_norm, plan.sigma, plan.expected_batch)
     limits = Limits(speed.tokens_max, lora.gradients.rows_max)
-    return PrivateStep(lora, halves, cache, examples, units, mechanism, limits)
+    return PrivateStep(lora, halves, cache, examples, units, mechanism, limits, mask)
 
 
 @contextmanager

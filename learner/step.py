@@ -67,6 +67,7 @@ class PrivateStep:
         cache: inputs of the upper half, per example.
         examples: the round's rendered records.
         units: the round's privacy units over them.
+        mask: (P,) ones and zeros: weights at zero are no part of the mechanism. Fixed before the round; None: all are.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class PrivateStep:
         units: Sequence[Unit],
         mechanism: Mechanism,
         limits: Limits,
+        mask: Tensor | None = None,
     ) -> None:
         self._lora = lora
         self._halves = halves
@@ -86,6 +88,7 @@ class PrivateStep:
         self._units = units
         self._mechanism = mechanism
         self._limits = limits
+        self._mask = mask
 
     def gradient(self, stream: KeyedStream) -> Tensor:
         """The step's noisy mean gradient, (P,) fp32. An empty draw is noise over the expected batch."""
@@ -104,6 +107,8 @@ class PrivateStep:
         seeds = self._dropout_seeds(stream)
         for batch in split(drawn, self._units, lengths, tokens_max=limits.tokens_max, rows_max=limits.rows_max):
             rows = self._unit_gradients(batch, seeds)
+            if self._mask is not None:
+                rows *= self._mask
             total += weighted_sum(rows, clip_weights(rows, self._mechanism.clip_norm))
         return total
 

@@ -139,7 +139,10 @@ class LearnerSettings(_Section):
     steps: Annotated[int, Field(ge=1, le=100_000)] = 30
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     sampling_rate_max: Annotated[float, Field(gt=0, le=1)] = 0.5
+    continual: Literal["sequential", "replay", "orthogonal", "average"] = "replay"
     replay_rate: Annotated[float, Field(ge=0, le=1)] = 0.25
+    rank_groups: Annotated[int, Field(ge=1)] = 5
+    average_weight: Annotated[float, Field(gt=0, le=1)] = 0.5
     learning_rate: Annotated[float, Field(gt=0)] = 1e-2
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from ingest.manifest import Manifest
-    from learner.plan import BlockAccount, LoraSettings, OptimiserSettings, RoundPlan
+    from learner.plan import BlockAccount, ContinualSettings, LoraSettings, OptimiserSettings, RoundPlan
     from privacy.ledger import Charge
     from tidegate.config import LearnerSettings
     from tidegate.wiring import Service
@@ -34,11 +34,12 @@ class PlanArguments(TypedDict):
     q_max: float
     lora: LoraSettings
     optimiser: OptimiserSettings
+    continual: ContinualSettings
 
 
 def plan_arguments(learner: LearnerSettings) -> PlanArguments:
     """A stream's learner settings as arguments of `plan_round`: the only place that maps one to the other."""
-    from learner.plan import LoraSettings, OptimiserSettings
+    from learner.plan import ContinualSettings, LoraSettings, OptimiserSettings
 
     return PlanArguments(
         expected_batch=learner.expected_batch,
@@ -51,6 +52,9 @@ def plan_arguments(learner: LearnerSettings) -> PlanArguments:
             learning_rate=learner.learning_rate,
             warmup_share=learner.warmup_share,
             weight_decay=learner.weight_decay,
+        ),
+        continual=ContinualSettings(
+            method=learner.continual, rank_groups=learner.rank_groups, weight=learner.average_weight
         ),
     )
 
