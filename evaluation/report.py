@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING
 
+from evaluation.continual import Memory
 from evaluation.metrics import Score
 from evaluation.private import PrivateScores, PrivateSlice, slices_of
 from evaluation.verdict import Evaluation, Gate, ModelScores, Slice
@@ -29,7 +30,13 @@ _Z95 = 1.96
 
 
 def version_markdown(
-    evaluation: Evaluation, *, data_revision: str, blocks: Sequence[str], parent: str, base: Base
+    evaluation: Evaluation,
+    *,
+    data_revision: str,
+    blocks: Sequence[str],
+    parent: str,
+    base: Base,
+    kept: Memory | None = None,
 ) -> str:
     """The evidence on one candidate, verdict first.
 
@@ -39,11 +46,13 @@ def version_markdown(
         blocks: ids of the blocks it trained on.
         parent: what it was trained from, in words.
         base: the base model.
+        kept: what its line of versions has kept; None when it could not be scored.
     """
     parts = (
         _verdict(evaluation),
         _gates(evaluation),
         _domains(evaluation),
+        *(() if kept is None else (_remembered(kept),)),
         *(() if evaluation.private is None else (_privately(evaluation.private),)),
         _spent(evaluation),
         _origin(evaluation, data_revision, blocks, parent, base),
@@ -160,6 +169,25 @@ def _domain_row(part: Slice) -> str:
         _number(part.p_worse_than_live),
     )
     return "| " + " | ".join(cells) + " |"
+
+
+def _remembered(kept: Memory) -> str:
+    """Average accuracy, backward transfer and forgetting along the version's ancestry."""
+    average = "-" if kept.average_accuracy is None else f"{100 * kept.average_accuracy:.1f}"
+    lines = ["### What its line of versions has kept", "", f"Average accuracy over the domains: {average}%."]
+    if kept.backward_transfer is None:
+        return "\n".join(
+            [*lines, "It has no ancestor that was judged on this gate set: there is nothing to forget yet."]
+        )
+    lines += [
+        f"Backward transfer, the change since a domain was first judged: {100 * kept.backward_transfer:+.1f} points.",
+        "Forgetting, what the best of its ancestors did better; below zero it is itself the best:",
+        "",
+        "| domain | forgetting, points |",
+        "|---|---:|",
+        *(f"| {_safe(domain)} | {100 * value:+.1f} |" for domain, value in kept.forgetting.items()),
+    ]
+    return "\n".join(lines)
 
 
 def _spent(evaluation: Evaluation) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from registry.states import waiting
 from tidegate import holdout
 from tidegate.errors import TidegateError
+from tidegate.memory import line_of
 
 if TYPE_CHECKING:
     from evaluation.gates import CandidateFacts
@@ -239,6 +240,7 @@ def register(
     plan, stream, model = trained.plan, trained.plan.stream, service.model(trained.plan.stream)
     versions = service.store.versions(model)
     parent = next((v for v in versions if v.tag("adapter_sha256") == plan.parent_sha256), None)
+    line = line_of(versions, parent, evaluation)
     passed = evaluation.outcome == "passed"
     state = "candidate" if passed else evaluation.outcome
     facts = facts_of(service, trained, base)
@@ -248,6 +250,7 @@ def register(
         blocks=[b.id for b in plan.blocks],
         parent=f"version {parent.version}" if parent else "the base model",
         base=base,
+        kept=line.kept if line else None,
     )
     folder = service.workspace.rounds(plan.round_id)
     (folder / "report.md").write_text(report, encoding="utf-8")
@@ -268,7 +271,9 @@ def register(
         "plan": json.dumps(plan.as_json(), sort_keys=True),
         "receipt": json.dumps(trained.receipt, sort_keys=True),
         "verdict": json.dumps(verdict, sort_keys=True),
+        "continual": line.tag() if line else "",
     }
+    metrics = {**evaluation.metrics(), **(line.metrics() if line else {})}
     version = service.store.register(
         Candidate(
             model=model,
@@ -278,7 +283,7 @@ def register(
             tags={f"tidegate.{name}": value for name, value in tags.items()},
             description_md=report,
             artifacts={"accuracy.png": plot_png(evaluation), "report.md": report.encode()},
-            metrics=evaluation.metrics(),
+            metrics=metrics,
         )
     )
     if passed:
@@ -288,7 +293,7 @@ def register(
         service.store.to_staging(model, version)
     else:
         service.store.archive(model, version, state=state)
-    keep_in_git(service, trained, evaluation, verdict)
+    keep_in_git(service, trained, metrics, verdict)
     return {
         "stream": stream,
         "round_id": plan.round_id,
@@ -306,7 +311,7 @@ def register(
     }
 
 
-def keep_in_git(service: Service, trained: Trained, evaluation: Evaluation, verdict: dict[str, Any]) -> None:
+def keep_in_git(service: Service, trained: Trained, metrics: dict[str, float], verdict: dict[str, Any]) -> None:
     """Commit plan, receipt, verdict and metrics beside the data they speak of; the newest also for `dvc repro`."""
     plan = trained.plan
 
@@ -317,7 +322,7 @@ def keep_in_git(service: Service, trained: Trained, evaluation: Evaluation, verd
         "plan.json": encode(plan.as_json()),
         "receipt.json": encode(trained.receipt),
         "verdict.json": encode(verdict),
-        "metrics.json": encode(evaluation.metrics()),
+        "metrics.json": encode(metrics),
     }
     folder = Path("rounds") / plan.round_id
     paths = {str(folder / name): content for name, content in files.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.continual import memory
 from evaluation.gates import GatePolicy, evaluate
 from evaluation.report import plot_png, version_markdown
 from learner.base import Base
@@ -28,8 +29,8 @@ def judged(gate_set, candidate=0.9, facts=FACTS, live="live", scorer=Planted):
     return evaluate(gate_set, GatePolicy(), made, candidate="candidate", live=live, facts=facts)
 
 
-def report(evaluation, blocks=("b1", "b2")):
-    return version_markdown(evaluation, data_revision="d" * 40, blocks=blocks, parent="version 3", base=BASE)
+def report(evaluation, blocks=("b1", "b2"), kept=None):
+    return version_markdown(evaluation, data_revision="d" * 40, blocks=blocks, parent="version 3", base=BASE, kept=kept)
 
 
 def test_the_verdict_is_signed_and_holds_the_contract(gate_set, tmp_path):
@@ -119,3 +120,17 @@ def test_the_plot_is_a_png_and_the_same_each_time(gate_set, live):
     assert width > 600
     assert height > 300
     assert plot_png(evaluation) == png
+
+
+def test_what_the_line_has_kept_is_told_by_domain(gate_set):
+    kept = memory([{"billing": 0.5, "returns|x": 0.9}, {"billing": 0.75, "returns|x": 0.8}])
+    text = report(judged(gate_set), kept=kept)
+    assert "Average accuracy over the domains: 77.5%" in text
+    assert "+7.5 points" in text
+    assert "| billing | -25.0 |" in text
+    assert "| returns\\|x | +10.0 |" in text
+
+
+def test_a_first_version_is_said_to_have_nothing_to_forget(gate_set):
+    assert "nothing to forget yet" in report(judged(gate_set), kept=memory([{"billing": 0.5}]))
+    assert "line of versions" not in report(judged(gate_set))

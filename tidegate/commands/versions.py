@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import getpass
+from typing import Any
 
 import click
 
-from tidegate import ancestry, output
+from tidegate import ancestry, memory, output
 
 _WHO = click.option("--who", default=getpass.getuser, help="Your name, for the signed history.", show_default="login")
 _WHY = click.option("--why", required=True, help="The reason, kept and signed.")
@@ -18,7 +19,11 @@ _JSON = click.option("--json", "want_json", is_flag=True, help="JSON instead of 
 @_JSON
 @click.pass_obj
 def versions(given: str | None, stream: str, *, want_json: bool) -> None:
-    """List STREAM's model versions: stage, state, parent, verdict, and a link to the evidence in MLflow."""
+    """List STREAM's model versions: stage, state, parent, verdict, and a link to the evidence in MLflow.
+
+    `kept`, on the public gate set along a version's ancestry: average accuracy over the domains, backward transfer in
+    points, and the domain that stands worst against the best ancestor. --json has forgetting for every domain.
+    """
     from tidegate.wiring import open_service
 
     service = open_service(given)
@@ -27,6 +32,7 @@ def versions(given: str | None, stream: str, *, want_json: bool) -> None:
     rows = []
     for version in found:
         verdict = ancestry.signed_tag(version, "verdict", service.trusted("verdicts"))
+        kept = memory.read(version) or {}
         rows.append(
             {
                 "version": version.version,
@@ -37,15 +43,27 @@ def versions(given: str | None, stream: str, *, want_json: bool) -> None:
                 "parent_version": version.tag("parent_version") or "base",
                 "round": version.tag("round_id"),
                 "adapter_sha256": version.tag("adapter_sha256"),
+                **{name: kept.get(name) for name in ("average_accuracy", "backward_transfer", "forgetting")},
                 "url": f"{service.mlflow_uri}/#/models/{model}/versions/{version.version}",
             }
         )
     if want_json:
         output.as_json(rows)
         return
-    columns = ("version", "stage", "state", "alias", "verdict", "parent", "round", "adapter", "evidence")
-    cells = [(*list(r.values())[:7], str(r["adapter_sha256"])[:12], r["url"]) for r in rows]
+    columns = ("version", "stage", "state", "alias", "verdict", "parent", "round", "adapter", "kept", "evidence")
+    cells = [(*list(r.values())[:7], str(r["adapter_sha256"])[:12], _kept(r), r["url"]) for r in rows]
     output.table(f"versions of {stream}", columns, cells)
+
+
+def _kept(row: dict[str, Any]) -> str:
+    """Average accuracy, backward transfer, and the domain that was forgotten most."""
+    if row["average_accuracy"] is None:
+        return "-"
+    told = f"{100 * row['average_accuracy']:.0f}%"
+    if row["backward_transfer"] is not None:
+        worst = max(row["forgetting"], key=row["forgetting"].__getitem__)
+        told += f", {100 * row['backward_transfer']:+.1f}, {worst} {-100 * row['forgetting'][worst]:+.1f}"
+    return told
 
 
 @click.command()
