@@ -97,6 +97,10 @@ def test_a_round_becomes_a_candidate_with_its_evidence(desk):
     version = desk.service().store.versions(STREAM)[0]
     assert version.stage == "Staging"
     assert "passed" in version.description
+    assert "nothing to forget yet" in version.description
+    (listed,) = desk.json("versions", STREAM)
+    assert (listed["backward_transfer"], listed["forgetting"]) == (None, {})
+    assert 0 < listed["average_accuracy"] <= 1
     audit = desk.json("audit")["streams"][STREAM]
     assert all(block["rounds"] == [end["round_id"]] for block in audit["blocks"])
     assert all(0 < block["share_used"] <= 1 for block in audit["blocks"])
