@@ -84,6 +84,7 @@ class ServiceSettings(_Section):
     data: DataSettings = DataSettings()
     keys: KeySettings = KeySettings()
     api: ApiSettings = ApiSettings()
+    learn_metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 0
     threads: Annotated[int, Field(ge=1, le=256)] = 2
 
 

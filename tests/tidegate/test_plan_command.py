@@ -1,6 +1,7 @@
 """`tidegate plan`: a dry run that says what a reservation then confirms, and reserves nothing itself."""
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -150,3 +151,17 @@ def test_windows_are_promised_as_windows(made):
     service = made(privacy={"attempts": 2, "horizon": "30d"})
     seal(service, 1)
     assert told()["promise"] == "epsilon 8, delta 1e-05 per record, per window of 30 days"
+
+
+def test_the_page_on_planning_shows_what_the_command_prints(made):
+    service = made(privacy={"attempts": 1})
+    blocks = [seal(service, number) for number in range(1, 7)]
+    service.ledger.reserve(STREAM, f"{STREAM}-r0001", 1, "a" * 64, next_charges(service))
+    go_live(service, *blocks)
+    seal(service, 7)
+    page = (Path(__file__).resolve().parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
+    command, *lines = page.split("```")[1].strip().splitlines()
+    printed = [" ".join(line.split()) for line in ask(*command.split()[4:]).stdout.splitlines()]
+    assert len(lines) == 11
+    for line in lines:
+        assert " ".join(line.split()) in printed, line

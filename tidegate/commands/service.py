@@ -125,13 +125,14 @@ def ingest(given: str | None, stream: str, *, blocks: int | None, idle: float | 
             # After the first block every library is loaded.
             spare_collector()
         elif port:
-            _expose(port + int(facts["lane"].rpartition("-")[2]), stream)
+            lane = int(facts["lane"].rpartition("-")[2])
+            _expose(port + lane, f"streams.{stream}.ingest.metrics_port", f"metrics of {stream}")
 
     service.ingester(stream, heard).run(stop, max_blocks=blocks, until_idle_s=idle)
 
 
-def _expose(port: int, stream: str) -> None:
-    """Let Prometheus scrape this process on loopback: its counts are exact, hence for the operator alone.
+def _expose(port: int, setting: str, what: str) -> None:
+    """Let Prometheus scrape this process on loopback: counts of ingest are exact, hence for the operator alone.
 
     Raises:
         ConfigError: the port is taken.
@@ -142,17 +143,27 @@ def _expose(port: int, stream: str) -> None:
         start_http_server(port, addr="127.0.0.1")
     except OSError as error:
         why = (error.strerror or str(error)).lower()
-        raise ConfigError(f"streams.{stream}.ingest.metrics_port: port {port}: {why}; choose another") from None
-    output.say(f"metrics of {stream} on http://127.0.0.1:{port}/metrics")
+        raise ConfigError(f"{setting}: port {port}: {why}; choose another") from None
+    output.say(f"{what} on http://127.0.0.1:{port}/metrics")
 
 
 @click.command()
 @click.pass_obj
 def learn(given: str | None) -> None:
-    """Run rounds of all streams every learner.schedule_seconds; a round runs when new blocks are there."""
+    """Run rounds of all streams every learner.schedule_seconds; a round runs when new blocks are there.
+
+    With service.learn_metrics_port set, Prometheus can scrape what is left of every stream's budget.
+    """
     from tidegate.scheduler import run_schedule
 
-    run_schedule(_open(given), _stop_on_signals())
+    service, stop = _open(given), _stop_on_signals()
+    port = service.settings.service.learn_metrics_port
+    if port:
+        from tidegate.gauges import BudgetGauges, watch
+
+        _expose(port, "service.learn_metrics_port", "budgets")
+        threading.Thread(target=watch, args=(service, BudgetGauges(), stop), daemon=True).start()
+    run_schedule(service, stop)
 
 
 @click.command()
