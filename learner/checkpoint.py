@@ -24,13 +24,18 @@ _TENSORS = ("theta", "first", "second")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A round after `step` steps: weights, AdamW's moments, and the thread count its arithmetic depends on."""
+    """A round after `step` steps: weights, AdamW's moments, and the thread count its arithmetic depends on.
+
+    With early stopping also what was seen so far (`stopping`, its own JSON) and the weights that scored best.
+    """
 
     step: int
     threads: int
     theta: Tensor
     first: Tensor
     second: Tensor
+    best: Tensor | None = None
+    stopping: str = ""
 
 
 def save(folder: Path, checkpoint: Checkpoint, context: Mapping[str, str]) -> None:
@@ -38,8 +43,11 @@ def save(folder: Path, checkpoint: Checkpoint, context: Mapping[str, str]) -> No
     from safetensors.torch import save as to_bytes
 
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    metadata = {**_prefixed(context), "step": str(checkpoint.step), "threads": str(checkpoint.threads)}
-    content = to_bytes({name: getattr(checkpoint, name) for name in _TENSORS}, metadata)
+    numbers = {"step": str(checkpoint.step), "threads": str(checkpoint.threads), "stopping": checkpoint.stopping}
+    tensors = {name: getattr(checkpoint, name) for name in _TENSORS}
+    if checkpoint.best is not None:
+        tensors["best"] = checkpoint.best
+    content = to_bytes(tensors, {**_prefixed(context), **numbers})
     new = folder / f"{FILE}.new"
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(content)
@@ -68,6 +76,7 @@ def load(folder: Path, context: Mapping[str, str]) -> Checkpoint | None:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
+            best = file.get_tensor("best") if "best" in file.keys() else None  # noqa: SIM118 - no mapping
         step, threads = int(metadata["step"]), int(metadata["threads"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ResumeRefused(
@@ -76,7 +85,7 @@ def load(folder: Path, context: Mapping[str, str]) -> Checkpoint | None:
     for name, value in _prefixed(context).items():
         if metadata.get(name) != value:
             raise ResumeRefused(f"checkpoint {path}: {name}={metadata.get(name)}, must be {value}; start a new attempt")
-    return Checkpoint(step=step, threads=threads, **tensors)
+    return Checkpoint(step=step, threads=threads, best=best, stopping=metadata.get("stopping", ""), **tensors)
 
 
 def discard(folder: Path) -> None:

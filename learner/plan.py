@@ -66,9 +66,13 @@ class LoraSettings(_Value):
 
 
 class OptimiserSettings(_Value):
-    """AdamW (Loshchilov, Hutter 2019) with a linear warm-up and a cosine to zero, or a constant rate."""
+    """AdamW (Loshchilov, Hutter 2019) with a linear warm-up and a cosine to zero, or a constant rate.
+
+    `layer_rate_decay` is what the rate is multiplied by from one adapted layer to the next below it.
+    """
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+    layer_rate_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     warmup_share: Share = 0.1
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -84,6 +88,18 @@ class ContinualSettings(_Value):
     method: Literal["sequential", "replay", "orthogonal", "average"] = "replay"
     rank_groups: Annotated[int, Field(ge=1)] = 5
     weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+
+class StoppingSettings(_Value):
+    """Early stopping on a public set: scored every so many steps, ended once `patience` scores in a row gained nothing.
+
+    `keep` says which weights become the adapter: those that scored best, or the last. `signal_sha256` is the set's.
+    """
+
+    every_steps: Annotated[int, Field(ge=1)]
+    patience: Annotated[int, Field(ge=1)] = 3
+    keep: Literal["best", "last"] = "best"
+    signal_sha256: str
 
 
 class BlockRate(_Value):
@@ -113,6 +129,8 @@ class RoundPlan(_Value):
     lora: LoraSettings
     optimiser: OptimiserSettings
     continual: ContinualSettings = ContinualSettings()
+    stopping: StoppingSettings | None = None  # a round that stops early has paid for all its steps
+    priors: dict[str, Annotated[float, Field(gt=0)]] = {}  # declared shares of domains or labels; empty: not balanced
     noise_source: Literal["system", "test"] = "system"
     code_sha256: str
 
@@ -122,6 +140,11 @@ class RoundPlan(_Value):
         if self.unit == "user" and len(rates) > 1:
             raise ValueError(f"blocks.q={sorted(rates)}: unit user is drawn once over all its blocks, at one rate")
         return self
+
+    def weight_of(self, domain: str, label: str | None) -> float:
+        """What a record counts, in (0, 1]: the smallest declared share over its own; 1 where none is declared."""
+        share = self.priors.get(label or "", self.priors.get(domain))
+        return 1.0 if share is None else min(self.priors.values()) / share
 
     @property
     def plan_hash(self) -> str:
@@ -186,6 +209,8 @@ def plan_round(
     lora: LoraSettings | None = None,
     optimiser: OptimiserSettings | None = None,
     continual: ContinualSettings | None = None,
+    stopping: StoppingSettings | None = None,
+    priors: Mapping[str, float] | None = None,
     noise_source: Literal["system", "test"] = "system",
 ) -> RoundPlan:
     """Choose rates and noise for a round from settings, ledger and public sizes alone.
@@ -233,6 +258,8 @@ def plan_round(
         lora=lora or LoraSettings(),
         optimiser=optimiser or OptimiserSettings(),
         continual=continual,
+        stopping=stopping,
+        priors=dict(priors or {}),
         noise_source=noise_source,
         code_sha256=code_sha256(),
     )

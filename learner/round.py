@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
@@ -23,12 +24,13 @@ from learner.continual import averaged, subspace
 from learner.crosscheck import check_charges
 from learner.errors import AdapterError, ResumeRefused, RoundError
 from learner.lora import LoraModel
-from learner.optimiser import FlatAdamW
+from learner.optimiser import FlatAdamW, layer_rates
 from learner.plan import code_sha256
 from learner.prefix import PrefixCache, SplitModel
 from learner.prompt import Renderer
 from learner.sampling import Unit, draw, gather
 from learner.step import Example, Limits, Mechanism, PrivateStep
+from learner.stopping import Signal, Stopper
 from privacy.canonical import sha256_of
 from privacy.randomness import KeyedStream, RoundKey, TestKey
 
@@ -76,6 +78,7 @@ class RoundOutput:
     adapter_sha256: str
     resumed: bool
     max_abs_delta: float  # largest change of a weight against the parent; post-processing, so it may be shown
+    steps: int  # taken: fewer than planned where the round stopped early, by a public signal
 
 
 def run_round(
@@ -91,6 +94,7 @@ def run_round(
     max_tokens: int,
     progress: Progress | None = None,
     speed: Speed | None = None,
+    signal: Signal | None = None,
 ) -> RoundOutput:
     """Train one adapter under the plan, or continue where an interrupted run with the same arguments stopped.
 
@@ -106,6 +110,7 @@ def run_round(
         max_tokens: longer records lose the beginning of their prompt.
         progress: told at the start and after each step.
         speed: knobs without influence on the result.
+        signal: the public set of the plan's early stopping, if it has any.
 
     Raises:
         RoundError: plan and arguments do not belong together, or nothing was learnt.
@@ -113,7 +118,7 @@ def run_round(
         AdapterError: the parent does not fit the plan's LoRA settings, or the result is not finite.
     """
     speed = speed or Speed()
-    _check_arguments(plan, base, parent_dir, key, checkpoint_dir)
+    _check_arguments(plan, base, parent_dir, key, checkpoint_dir, signal)
     check_charges(plan)
     gathered, units = gather(plan.blocks, _complete(plan, records), plan.unit)
     data = _data_sha256(plan, gathered, units, system, max_tokens)
@@ -121,43 +126,54 @@ def run_round(
     found = load(checkpoint_dir, context)
     with _threads(found.threads if found else speed.threads or torch.get_num_threads()) as threads:
         renderer = Renderer(load_tokenizer(base), system)
-        examples = [_example(renderer, record, max_tokens) for record in gathered]
+        examples = _examples(plan, renderer, gathered, max_tokens)
         lora = _start(plan, base, parent_dir, speed)
         begin = lora.theta.clone()
         kept = plan.continual
         own = subspace(lora.slots, begin, plan.lora.r, kept.rank_groups) if kept.method == "orthogonal" else None
         streams = [KeyedStream(key, context, step) for step in range(plan.steps)]
-        begun = found.step if found else 0
+        done = begun = found.step if found else 0
         optimiser = _continue(lora, plan, found)
+        score = signal.prepare(partial(_example, renderer, max_tokens=max_tokens)) if signal else None
+        stopper = Stopper(plan.stopping, score, (found.stopping, found.best) if found else ("", None))
 
-        def keep(done: int) -> None:
-            if done % speed.checkpoint_steps == 0 or done == plan.steps:
-                state = Checkpoint(done, threads, lora.theta, optimiser.first, optimiser.second)
+        def keep() -> None:
+            if done % speed.checkpoint_steps == 0 or done == plan.steps or stopper.ended:
+                moments = (optimiser.first, optimiser.second)
+                state = Checkpoint(done, threads, lora.theta, *moments, stopper.best, stopper.state)
                 save(checkpoint_dir, state, context)
             if progress:
                 progress(done, plan.steps)
 
         # Before the key is used, also when no step is done: from here on other data is another attempt. And somebody
         # waits: filling the prefix cache takes about as long as ten steps.
-        keep(begun)
+        keep()
         step = _private_step(plan, lora, examples, units, streams, speed, own.mask if own else None)
-        for number in range(begun, plan.steps):
-            optimiser.step(step.gradient(streams[number]), number)
+        while done < plan.steps and not stopper.ended:
+            optimiser.step(step.gradient(streams[done]), done)
             if own:
                 own.hold(lora.theta)
-            keep(number + 1)
+            done += 1
+            stopper.after(done, plan.steps, lora)
+            keep()
+        stopper.settle(lora)
         if kept.method == "average" and parent_dir:
             lora.theta.copy_(averaged(begin, lora.theta, kept.weight))
         delta = float((lora.theta - begin).abs().max())
     if not delta > 0.0:
         raise RoundError(f"max|delta|={delta}: must be > 0; no adapted layer was trained, report this")
     digest = write_adapter(out_dir, plan.lora, lora.weights(), base)
-    log.info("round trained", stream=plan.stream, round_id=plan.round_id, attempt=plan.attempt, steps=plan.steps)
-    return RoundOutput(out_dir, digest, resumed=begun > 0, max_abs_delta=delta)
+    log.info("round trained", stream=plan.stream, round_id=plan.round_id, attempt=plan.attempt, steps=done)
+    return RoundOutput(out_dir, digest, resumed=begun > 0, max_abs_delta=delta, steps=done)
 
 
 def _check_arguments(
-    plan: RoundPlan, base: Base, parent_dir: Path | None, key: RoundKey | TestKey, checkpoint_dir: Path
+    plan: RoundPlan,
+    base: Base,
+    parent_dir: Path | None,
+    key: RoundKey | TestKey,
+    checkpoint_dir: Path,
+    signal: Signal | None,
 ) -> None:
     """Refuse what does not belong to the plan, while nothing private has been read."""
     if plan.code_sha256 != code_sha256():
@@ -171,6 +187,9 @@ def _check_arguments(
     source = "test" if isinstance(key, TestKey) else "system"
     if source != plan.noise_source:
         raise RoundError(f"noise_source={plan.noise_source}: the key is for {source}; give the key that was planned")
+    planned = plan.stopping.signal_sha256 if plan.stopping else None
+    if planned != (signal.sha256 if signal else None):
+        raise RoundError(f"stopping.signal_sha256={planned}: must be that of the signal; give the set that was planned")
 
 
 def _complete(plan: RoundPlan, records: Mapping[str, Sequence[Record]]) -> Mapping[str, Sequence[Record]]:
@@ -191,13 +210,21 @@ def _data_sha256(
     for unit in units:
         digest.update(sha256_of([unit.q, list(unit.examples)]).encode())
     for record in gathered:
-        digest.update(sha256_of([record.user_id, record.event_id, record.prompt, record.completion]).encode())
+        weight = plan.weight_of(record.domain, record.label)
+        digest.update(sha256_of([record.user_id, record.event_id, record.prompt, record.completion, weight]).encode())
     return digest.hexdigest()
 
 
-def _example(renderer: Renderer, record: Record, max_tokens: int) -> Example:
+def _examples(plan: RoundPlan, renderer: Renderer, gathered: Sequence[Record], max_tokens: int) -> list[Example]:
+    """The records as token ids, each with the weight that the plan's declared priors give it."""
+    made = [_example(renderer, record.prompt, record.completion, max_tokens) for record in gathered]
+    weights = [plan.weight_of(record.domain, record.label) for record in gathered]
+    return [replace(example, weight=weight) for example, weight in zip(made, weights, strict=True)]
+
+
+def _example(renderer: Renderer, prompt: str, completion: str, max_tokens: int) -> Example:
     """Token ids, cut from the left: the completion's end is what must be learnt. One prompt token stays before it."""
-    ids, start = renderer.example(record.prompt, record.completion)
+    ids, start = renderer.example(prompt, completion)
     cut = max(0, len(ids) - max_tokens)
     return Example(tuple(ids[cut:]), max(1, start - cut))
 
@@ -221,7 +248,8 @@ def _start(plan: RoundPlan, base: Base, parent_dir: Path | None, speed: Speed) -
 
 
 def _continue(lora: LoraModel, plan: RoundPlan, found: Checkpoint | None) -> FlatAdamW:
-    optimiser = FlatAdamW(lora.theta, plan.optimiser, plan.steps)
+    rates = layer_rates(lora.slots, plan.optimiser.layer_rate_decay)
+    optimiser = FlatAdamW(lora.theta, plan.optimiser, plan.steps, rates)
     if found:
         lora.theta.copy_(found.theta)
         optimiser.first.copy_(found.first)

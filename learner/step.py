@@ -35,10 +35,11 @@ LOGIT_ROWS = 256
 
 @dataclass(frozen=True)
 class Example:
-    """One rendered record: token ids, and where its completion begins."""
+    """One rendered record: token ids, where its completion begins, and what it counts (declared, in (0, 1])."""
 
     ids: tuple[int, ...]
     completion_start: int
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,19 @@ class PrivateStep:
             rows = self._unit_gradients(batch, seeds)
             if self._mask is not None:
                 rows *= self._mask
-            total += weighted_sum(rows, clip_weights(rows, self._mechanism.clip_norm))
+            total += weighted_sum(rows, clip_weights(rows, self._bounds(batch)))
         return total
+
+    def _bounds(self, batch: PhysicalBatch) -> float | Tensor:
+        """What each unit's gradient is clipped to: C times the mean weight of its examples, hence never above C.
+
+        With one example that is its clipped gradient times its weight: a weight works on whatever the clip leaves.
+        """
+        norm = self._mechanism.clip_norm
+        members = [[self._examples[index].weight for index in self._units[unit].examples] for unit in batch.units]
+        if all(weight == 1.0 for weights in members for weight in weights):
+            return norm
+        return torch.tensor([norm * (sum(weights) / len(weights)) for weights in members], dtype=torch.float64)
 
     def _dropout_seeds(self, stream: KeyedStream) -> list[int] | None:
         """One seed per example of the round, so that a mask depends neither on the draw nor on the split."""
@@ -162,8 +174,11 @@ def loss_gradient(hidden: Tensor, head: Tensor, target: Tensor, weight: Tensor) 
     return grad.mul_(weight[:, None])
 
 
-def clip_weights(rows: Tensor, clip_norm: float) -> Tensor:
-    """(U,) factors min(1, C / norm). A row that is not finite is set to zero in place and counts as a zero gradient."""
+def clip_weights(rows: Tensor, clip_norm: float | Tensor) -> Tensor:
+    """(U,) factors min(1, C / norm). A row that is not finite is set to zero in place and counts as a zero gradient.
+
+    C is one bound for all units, or (U,) fp64, one for each.
+    """
     count = rows.shape[1] // NORM_CHUNK
     whole = count * NORM_CHUNK
     chunks = rows[:, :whole].view(len(rows), count, NORM_CHUNK)
@@ -184,7 +199,7 @@ def weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
 def completions(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Per completion token (N,): example, place in the completion, position that predicts it, id, weight.
 
-    The weight is 1 / (its own example's completion length), so that no example's loss depends on another's.
+    The weight is the example's own over its own completion length, so that no example's loss depends on another's.
     """
     row: list[int] = []
     column: list[int] = []
@@ -198,5 +213,5 @@ def completions(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor, Te
         column += range(count)
         position += range(start - 1, len(ids) - 1)
         target += ids[start:]
-        weight += [1.0 / count] * count
+        weight += [example.weight / count] * count
     return torch.tensor(row), torch.tensor(column), torch.tensor(position), torch.tensor(target), torch.tensor(weight)

@@ -132,10 +132,31 @@ class LoraConfig(_Section):
     layers: Annotated[int, Field(ge=0)] = 6
 
 
+class EarlyStoppingSettings(_Section):
+    """When a round ends before its last step; 0 steps: never. What it spent was charged for all of them."""
+
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    patience: Annotated[int, Field(ge=1)] = 3
+    keep: Literal["best", "last"] = "best"
+    signal: Literal["gate_set", "holdout"] = "gate_set"
+
+    @field_validator("signal")
+    @classmethod
+    def _public(cls, signal: str) -> str:
+        if signal == "holdout":
+            raise ValueError(
+                "must be gate_set: a look at the holdout is a release that its account pays for, and a round would "
+                "spend in an hour what all evaluations of a year are made for"
+            )
+        return signal
+
+
 class LearnerSettings(_Section):
     """One round's mathematics, and when rounds run."""
 
     schedule_seconds: Annotated[float, Field(gt=0)] = 600.0
+    schedule: str = ""
+    stuck_seconds: Annotated[float, Field(gt=0)] = 1800.0
     expected_batch: Annotated[int, Field(ge=1)] = 384
     steps: Annotated[int, Field(ge=1, le=100_000)] = 30
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -145,13 +166,41 @@ class LearnerSettings(_Section):
     rank_groups: Annotated[int, Field(ge=1)] = 5
     average_weight: Annotated[float, Field(gt=0, le=1)] = 0.5
     learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+    layer_rate_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    early_stopping: EarlyStoppingSettings = EarlyStoppingSettings()
+    priors: dict[str, Annotated[float, Field(gt=0)]] = {}
+    packing: bool = False
     max_tokens: Annotated[int, Field(ge=8)] = 256
     system: str | None = None
     waiting: Literal["hold", "supersede"] = "hold"
     checkpoint_steps: Annotated[int, Field(ge=1)] = 5
     lora: LoraConfig = LoraConfig()
+
+    @field_validator("schedule")
+    @classmethod
+    def _times_that_come(cls, schedule: str) -> str:
+        if schedule:
+            from tidegate.scheduler import trigger_of
+
+            try:
+                trigger_of(schedule, 0.0)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+            except ImportError:  # a machine that runs no rounds: the one that does will say
+                pass
+        return schedule
+
+    @field_validator("packing")
+    @classmethod
+    def _one_record_a_sequence(cls, packing: bool) -> bool:
+        if packing:
+            raise ValueError(
+                "must be false: a packed sequence holds records of several people, whose gradients can no longer be "
+                "told apart, so that one clip bounds none of them; batches of like length save the padding instead"
+            )
+        return packing
 
 
 class EvaluationSettings(_Section):
@@ -204,6 +253,16 @@ class StreamSettings(_Section):
     evaluation: EvaluationSettings
     registry: RegistrySettings = RegistrySettings()
     serving: ServingSettings = ServingSettings()
+
+    @model_validator(mode="after")
+    def _priors_name_all_of_a_kind(self) -> StreamSettings:
+        named = set(self.learner.priors)
+        if named and named not in (set(self.ingest.domains), set(self.ingest.labels)):
+            raise ValueError(
+                f"learner.priors names {', '.join(sorted(named))}: must name every one of ingest.domains, or every one "
+                f"of ingest.labels, each with the share that is expected of it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _private_scores_are_paid(self) -> StreamSettings:

@@ -10,9 +10,7 @@ new attempt and is charged in full.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,9 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from tidegate import heartbeat
 from tidegate.errors import RoundRefused
 from tidegate.evidence import gate_policy, gate_set_of, judge, register
+from tidegate.locks import Held, alone
 from tidegate.planning import make_plan
+from tidegate.stopping import keep_gate_set, signal_of
 from tidegate.workspace import write_json as _write
 
 if TYPE_CHECKING:
@@ -95,29 +96,47 @@ def run(
         PlanError, BudgetExceeded: no block can pay; the message has the choices.
         PolicyError, GateSetError: the candidate could not be judged; nothing was spent.
     """
-    tell = progress or (lambda _what, _done, _of: None)
     service.stream(stream)
-    with only_round(service, stream):
-        require_whole_ledger(service)
-        # What would keep the candidate from being judged is found before anything is spent on it.
-        gate_policy(service, stream)
-        gate_set_of(service, stream)
-        plan = _unfinished(service, stream)
-        if plan is None:
-            fresh = make_plan(service, stream, tell, test_noise=test_seed is not None)
-            if isinstance(fresh, str):
-                return NothingToDo(stream, fresh)
-            plan = fresh
-            _write(service.workspace.rounds(plan.round_id) / "plan.json", plan.as_json())
-            if test_seed is not None:
-                _write(service.workspace.rounds(plan.round_id) / "seed.json", test_seed)
-        base = service.base(stream, lambda done, of, what: tell(what, done, of))
-        trained = _train_or_abandon(service, plan, base, tell)
-        evaluation, verdict = judge(service, trained, base, tell)
-        end = register(service, trained, base, evaluation, verdict)
-        _write(service.workspace.rounds(plan.round_id) / "ended.json", end)
-        log.info("round ended", **{k: v for k, v in end.items() if k != "reasons"})
-        return RoundEnd(**{**end, "reasons": tuple(end["reasons"])})
+    workspace = service.workspace
+    with (
+        only_round(service, stream),
+        heartbeat.beating(heartbeat.beat_file(workspace, stream), progress or _unheard) as tell,
+    ):
+        end = _run(service, stream, tell, test_seed)
+        said = end.reason if isinstance(end, NothingToDo) else f"version {end.version}: {end.outcome}, now {end.state}"
+        heartbeat.ended(heartbeat.beat_file(workspace, stream), said)
+        heartbeat.hold_file(workspace, stream).unlink(missing_ok=True)  # whatever held the stream, its rounds end again
+        return end
+
+
+def _unheard(_what: str, _done: int, _of: int) -> None:
+    pass
+
+
+def _run(service: Service, stream: str, tell: Progress, test_seed: int | None) -> RoundEnd | NothingToDo:
+    require_whole_ledger(service)
+    # What would keep the candidate from being judged is found before anything is spent on it.
+    gate_policy(service, stream)
+    gate_set_of(service, stream)
+    plan = _unfinished(service, stream)
+    if plan is None:
+        fresh = make_plan(service, stream, tell, test_noise=test_seed is not None)
+        if isinstance(fresh, str):
+            return NothingToDo(stream, fresh)
+        plan = fresh
+        folder = service.workspace.rounds(plan.round_id)
+        # The plan comes last: with it the round is there to be resumed, and needs all the rest.
+        keep_gate_set(service, plan)
+        if test_seed is not None:
+            _write(folder / "seed.json", test_seed)
+        _write(folder / "plan.json", plan.as_json())
+    base = service.base(stream, lambda done, of, what: tell(what, done, of))
+    trained = _train_or_abandon(service, plan, base, tell)
+    evaluation, verdict = judge(service, trained, base, tell)
+    end = register(service, trained, base, evaluation, verdict)
+    _write(service.workspace.rounds(plan.round_id) / "ended.json", end)
+    log.info("round ended", **{k: v for k, v in end.items() if k != "reasons"})
+    return RoundEnd(**{**end, "reasons": tuple(end["reasons"])})
 
 
 @contextmanager
@@ -127,18 +146,11 @@ def only_round(service: Service, stream: str) -> Iterator[None]:
     Raises:
         RoundRefused: another process holds it.
     """
-    service.workspace.run.mkdir(parents=True, exist_ok=True)
-    with (service.workspace.run / f"round-{stream}.lock").open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            pid = handle.read().strip() or "unknown"
-            raise RoundRefused(f"stream={stream}: a round runs already (pid {pid}); wait for it") from None
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
-        yield
+    try:
+        with alone(heartbeat.lock_file(service.workspace, stream)):
+            yield
+    except Held as held:
+        raise RoundRefused(f"stream={stream}: a round runs already (pid {held.pid}); wait for it") from None
 
 
 def _unfinished(service: Service, stream: str) -> RoundPlan | None:
@@ -240,6 +252,7 @@ def _attempt(service: Service, plan: RoundPlan, base: Base, tell: Progress) -> T
         max_tokens=learner.max_tokens,
         progress=lambda step, steps: tell("train", step, steps),
         speed=Speed(threads=service.settings.service.threads, checkpoint_steps=learner.checkpoint_steps),
+        signal=signal_of(service, plan),
     )
     kept = service.workspace.adapters / output.adapter_sha256
     if not kept.exists():
@@ -364,4 +377,5 @@ def train_with_test_noise(service: Service, plan: RoundPlan, folder: Path) -> Pa
         out_dir=folder / "adapter",
         max_tokens=learner.max_tokens,
         speed=Speed(threads=service.settings.service.threads, checkpoint_steps=learner.checkpoint_steps),
+        signal=signal_of(service, plan),
     ).adapter_dir

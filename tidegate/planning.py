@@ -11,6 +11,7 @@ import structlog
 from registry.states import ModelVersion, waiting
 from tidegate import ancestry
 from tidegate.errors import RoundRefused
+from tidegate.stopping import stopping_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ class PlanArguments(TypedDict):
     lora: LoraSettings
     optimiser: OptimiserSettings
     continual: ContinualSettings
+    priors: Mapping[str, float]
 
 
 def plan_arguments(learner: LearnerSettings) -> PlanArguments:
@@ -50,12 +52,14 @@ def plan_arguments(learner: LearnerSettings) -> PlanArguments:
         lora=LoraSettings(**learner.lora.model_dump()),
         optimiser=OptimiserSettings(
             learning_rate=learner.learning_rate,
+            layer_rate_decay=learner.layer_rate_decay,
             warmup_share=learner.warmup_share,
             weight_decay=learner.weight_decay,
         ),
         continual=ContinualSettings(
             method=learner.continual, rank_groups=learner.rank_groups, weight=learner.average_weight
         ),
+        priors=learner.priors,
     )
 
 
@@ -166,6 +170,7 @@ def make_plan(
         data_revision=found.revision,
         new=found.new,
         replay=found.replay,
+        stopping=stopping_of(service, stream),
         noise_source="test" if test_noise else "system",
         **plan_arguments(service.stream(stream).learner),
     )

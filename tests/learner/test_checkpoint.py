@@ -1,4 +1,5 @@
 import stat
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,14 @@ def test_a_checkpoint_comes_back_as_it_was_and_is_private(tmp_path):
     assert torch.equal(found.theta, torch.arange(4.0))
     assert stat.S_IMODE((tmp_path / "c" / FILE).stat().st_mode) == 0o600
     assert [p.name for p in (tmp_path / "c").iterdir()] == [FILE]
+
+
+def test_what_early_stopping_has_seen_comes_back_too(tmp_path):
+    assert checkpoint().best is None
+    save(tmp_path, replace(checkpoint(), best=torch.full((4,), 7.0), stopping='{"waited": 1}'), CONTEXT)
+    found = load(tmp_path, CONTEXT)
+    assert torch.equal(found.best, torch.full((4,), 7.0))
+    assert found.stopping == '{"waited": 1}'
 
 
 def test_no_checkpoint_is_no_error(tmp_path):

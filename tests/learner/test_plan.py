@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from learner.errors import PlanError
-from learner.plan import BlockAccount, LoraSettings, RoundPlan, plan_round
+from learner.plan import BlockAccount, LoraSettings, RoundPlan, StoppingSettings, plan_round
 from privacy.accounting import fits, rdp
 from tests.learner.rounds import account
 
@@ -140,3 +140,24 @@ def test_the_number_of_trained_weights_is_that_of_the_model(tiny):
 
     for settings in (LoraSettings(r=2, layers=1), LoraSettings(r=3, layers=0, targets=("k_proj", "down_proj"))):
         assert trained_weights(tiny, settings) == LoraModel.width(load_model(tiny), settings)
+
+
+def test_a_records_weight_follows_from_declared_shares_alone_and_never_exceeds_one():
+    by_label = planned([account()], priors={"common": 0.9, "rare": 0.1})
+    assert by_label.weight_of("banking", "rare") == 1.0
+    assert by_label.weight_of("banking", "common") == pytest.approx(1 / 9)
+    assert by_label.weight_of("banking", None) == 1.0
+    by_domain = planned([account()], priors={"banking": 3.0, "work": 1.0})
+    assert by_domain.weight_of("banking", "rare") == pytest.approx(1 / 3)
+    assert by_domain.weight_of("work", None) == 1.0
+    assert planned([account()]).weight_of("banking", "rare") == 1.0
+
+
+def test_priors_and_early_stopping_are_hashed_and_change_no_charge():
+    bare = planned([account()])
+    stopping = StoppingSettings(every_steps=5, signal_sha256="a" * 64)
+    for changes in ({"priors": {"rare": 0.1}}, {"stopping": stopping}):
+        other = planned([account()], **changes)
+        assert other.plan_hash != bare.plan_hash
+        assert other.charges() == bare.charges()
+        assert RoundPlan.model_validate(other.as_json()) == other

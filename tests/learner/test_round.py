@@ -201,11 +201,12 @@ def test_a_long_record_keeps_its_completion(tiny, tmp_path):
     from tests.learner.rounds import renderer_of
 
     record = records(1)[0]
-    whole = _example(renderer_of(tiny, ""), record, 1000)
-    cut = _example(renderer_of(tiny, ""), record, len(whole.ids) - whole.completion_start + 3)
+    said = (renderer_of(tiny, ""), record.prompt, record.completion)
+    whole = _example(*said, 1000)
+    cut = _example(*said, len(whole.ids) - whole.completion_start + 3)
     assert cut.ids == whole.ids[-len(cut.ids) :]
     assert cut.ids[cut.completion_start :] == whole.ids[whole.completion_start :]
-    tight = _example(renderer_of(tiny, ""), record, 1)
+    tight = _example(*said, 1)
     assert tight.completion_start == 1
 
 
