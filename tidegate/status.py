@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from registry.states import PRODUCTION, waiting
-from tidegate import ancestry, budget
+from tidegate import ancestry, budget, heartbeat, timetable
 from tidegate.errors import expected_errors
+from tidegate.locks import is_held
 
 if TYPE_CHECKING:
     from tidegate.wiring import Service
@@ -55,6 +57,7 @@ def _stream(service: Service, name: str, serving: dict[str, Any] | None, alarms:
     policy = service.policy(name)
     row: dict[str, Any] = {
         "stream": name,
+        "rounds_now": rounds_now(service, name, alarms),
         "blocks": len(manifests),
         "offsets_sealed": sum(o.end - o.start for m in manifests for o in m.offsets),
         "claim": policy.promise(),
@@ -76,3 +79,30 @@ def _stream(service: Service, name: str, serving: dict[str, Any] | None, alarms:
         row["wanted"] = row["waiting"] = "unknown"
         alarms.append(f"{name}: {error}")
     return row
+
+
+def rounds_now(service: Service, name: str, alarms: list[str]) -> dict[str, str]:
+    """The stream on the schedule: next and last round, what runs now, and whether one was late, overlapped or stuck."""
+    workspace = service.workspace
+    kept = {turn.stream: turn for turn in timetable.read(workspace.run / timetable.FILE)}
+    turn = kept.get(name, timetable.Turn(name))
+    told = {name_: str(value) for name_, value in asdict(turn).items() if name_ not in {"stream", "stuck"} and value}
+    beat = heartbeat.running(workspace, name)
+    if beat:
+        told["runs"] = f"{beat.what} {beat.done} of {beat.of}, since {beat.at}" if beat.of else f"since {beat.at}"
+    if turn.stuck:
+        told["stuck"] = f"{turn.stuck} in a row; the stream is held after {timetable.STUCK_MAX}"
+        alarms.append(f"{name}: its last round got {turn.last_outcome}; it goes on from its checkpoint the next time")
+    if turn.last_outcome.startswith("failed"):
+        alarms.append(f"{name}: its last round {turn.last_outcome}; `tidegate round {name}` tries again")
+    hold = heartbeat.hold_file(workspace, name)
+    if hold.exists():
+        told["held"] = json.loads(hold.read_text(encoding="utf-8"))["reason"]
+        alarms.append(
+            f"{name}: no round is started, {told['held']}; run `tidegate round {name}` and watch it: when it ends, the "
+            f"schedule goes on; learner.stuck_seconds says how long a round may show nothing"
+        )
+    overdue = turn.waiting_since or turn.next_due
+    if overdue and timetable.is_late(overdue) and not is_held(workspace.run / timetable.LOCK):
+        alarms.append(f"{name}: a round was due at {overdue}, but nothing runs the schedule; start `tidegate learn`")
+    return told

@@ -56,7 +56,7 @@ def test_with_weights_of_one_nothing_changes_in_any_bit(tiny):
 def test_a_gradient_that_is_not_finite_counts_zero_under_any_bound():
     rows = torch.tensor([[3.0, 4.0], [float("nan"), 1.0]])
     factors = clip_weights(rows, torch.tensor([0.5, 0.1], dtype=torch.float64))
-    assert float(factors[0] * rows[0].norm()) == pytest.approx(0.5)
+    assert float(factors[0] * rows[0].norm()) == pytest.approx(0.5, rel=1e-4)
     assert torch.equal(rows[1], torch.zeros(2))
 
 

@@ -32,7 +32,8 @@ def status(given: str | None, *, want_json: bool) -> None:
             output.say(f"{part:<8} {state}")
         for row in report["streams"]:
             output.say(f"\n{row['stream']}")
-            output.facts({f"  {k.replace('_', ' ')}": v for k, v in row.items() if k not in {"stream", "alarms"}})
+            shown = {**{k: v for k, v in row.items() if k not in {"stream", "rounds_now"}}, **row["rounds_now"]}
+            output.facts({f"  {k.replace('_', ' ')}": v for k, v in shown.items()})
         for alarm in report["alarms"]:
             output.say(f"ALARM    {alarm}")
     sys.exit(1 if report["alarms"] else 0)
