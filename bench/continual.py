@@ -2,8 +2,9 @@
 
 CLINC150, five domains, a round each, every round from the adapter of the one before, through the product's own plan,
 `run_round` and label scorer. Noise comes from test keys, so that the same code makes the same figures again; what it
-would cost from the operating system is planned and accounted for as in the product. After each round, accuracy on test records of
-every domain seen so far. The label space is all labels of all five domains, from the first round on, as a gate set's.
+would cost from the operating system is planned and accounted for as in the product. After each round, accuracy on test
+records of every domain seen so far. The label space is all labels of all five domains, from the first round on, as a
+gate set's.
 
 Every finished round is a line of `bench/results/continual.jsonl`: when the run is stopped, however, the next one goes
 on behind the last line. Adapters and prefixes stay under `build/`. At the end, and with `--table` at once, the lines
