@@ -176,6 +176,7 @@ class LearnerSettings(_Section):
     system: str | None = None
     waiting: Literal["hold", "supersede"] = "hold"
     checkpoint_steps: Annotated[int, Field(ge=1)] = 5
+    test_noise: bool = False
     lora: LoraConfig = LoraConfig()
 
     @field_validator("schedule")

@@ -92,10 +92,15 @@ def run(
             version cannot be promoted.
 
     Raises:
-        RoundRefused: another round runs.
+        RoundRefused: another round runs, or noise from a seed was asked for where the settings do not allow it.
         PlanError, BudgetExceeded: no block can pay; the message has the choices.
         PolicyError, GateSetError: the candidate could not be judged; nothing was spent.
     """
+    if test_seed is not None and not service.stream(stream).learner.test_noise:
+        raise RoundRefused(
+            f"--test-noise={test_seed}: a known seed hides nobody, and the blocks' epsilon would be infinity for good; "
+            f"set streams.{stream}.learner.test_noise: true where no record is private"
+        )
     service.stream(stream)
     workspace = service.workspace
     with (

@@ -117,6 +117,7 @@ def make_desk(root, base, bootstrap=None, **learner):
         "steps": 20,
         "learning_rate": 0.03,
         "checkpoint_steps": 2,
+        "test_noise": True,
         "system": "",
         "lora": {"r": 8, "alpha": 32, "layers": 0},
     }

@@ -10,6 +10,7 @@ from learner.plan import BlockAccount, plan_round
 from privacy.errors import LedgerBehindReceipt
 from tests.tidegate.desk import STREAM, make_desk
 from tidegate import cycle
+from tidegate.errors import RoundRefused
 
 
 @pytest.fixture
@@ -50,6 +51,15 @@ def test_a_round_that_started_and_lost_its_key_is_charged_again_or_closed(desk, 
     assert ended["state"] == "abandoned"
     assert not list((service.workspace.root / "checkpoints").iterdir())
     assert [row.state for row in service.ledger.rows(STREAM)] == ["reserved", "started"]
+
+
+def test_a_seed_is_refused_where_the_settings_do_not_allow_it(desk):
+    service = desk.service()
+    object.__setattr__(service.stream(STREAM).learner, "test_noise", False)
+    with pytest.raises(RoundRefused, match=r"--test-noise=5: .*infinity for good; set .*learner.test_noise: true"):
+        cycle.run(service, STREAM, test_seed=5)
+    assert service.ledger.rows() == []
+    assert not (service.workspace.root / "rounds" / f"{STREAM}-r0001").exists()
 
 
 def test_an_older_ledger_refuses_a_round(desk, tiny):

@@ -16,7 +16,8 @@ from tidegate import output
     "--test-noise",
     type=click.IntRange(min=0),
     metavar="SEED",
-    help="Reproducible noise: epsilon is infinity, said everywhere, and the version cannot be promoted.",
+    help="Reproducible noise: epsilon is infinity, said everywhere, and the version cannot be promoted. Refused unless "
+    "learner.test_noise allows it.",
 )
 @click.option("--quiet", is_flag=True, help="No progress bar, no summary; events are logged.")
 @click.option("--json", "want_json", is_flag=True, help="JSON instead of sentences.")
