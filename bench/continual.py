@@ -487,8 +487,10 @@ Bits = Mapping[tuple[int, str], Any]
 """(N,) bools by (round, domain): which test records were right."""
 
 
-def lines_in(setup: Setup, rows: Mapping[str, Mapping[str, Any]], field: str) -> dict[tuple[bool, str, int], Bits]:
-    """What was right, by (private, method, seed), of the lines that are complete."""
+def lines_in(
+    setup: Setup, rows: Mapping[str, Mapping[str, Any]], field: str, *, whole: bool = True
+) -> dict[tuple[bool, str, int], Bits]:
+    """What was right, by (private, method, seed), of the lines that are whole, or also of those that are begun."""
     import numpy as np
 
     found = {}
@@ -496,10 +498,11 @@ def lines_in(setup: Setup, rows: Mapping[str, Mapping[str, Any]], field: str) ->
         for method in setup.methods:
             for seed in setup.seeds:
                 jobs = line_of(setup, private, seed, method)
-                if all(job.name in rows for job in jobs):
+                done = [job for job in jobs if job.name in rows]
+                if len(done) == len(jobs) or (done and not whole):
                     found[private, method, seed] = {
                         (job.number, domain): np.array(list(bits)) == "1"
-                        for job in jobs
+                        for job in done
                         for domain, bits in rows[job.name][field].items()
                     }
     return found
@@ -579,7 +582,7 @@ def _estimate(each: Sequence[Mapping[str, float]], drawn: Sequence[Mapping[str, 
 def table(setup: Setup, rows: Mapping[str, Mapping[str, Any]], command: str) -> str:
     """The results as markdown."""
     wanted, cpu = jobs_of(setup), sum(r.get("train_cpu_s", 0) + r.get("score_cpu_s", 0) for r in rows.values())
-    missing = [job.name for job in wanted if job.name not in rows]
+    missing = [job for job in wanted if job.name not in rows]
     parts = [
         "# Domains one after another",
         (
@@ -601,7 +604,7 @@ def table(setup: Setup, rows: Mapping[str, Mapping[str, Any]], command: str) -> 
         parts += [f"## {head}", *_tables(setup, found)]
     parts += ["## Accuracy after every round, all labels, mean over seeds in %", *_matrices(setup, rows)]
     if missing:
-        parts += ["## Not run", "\n".join(f"- {name}" for name in missing)]
+        parts += ["## Not run", "\n".join(_missing(missing))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -620,6 +623,9 @@ def _tables(setup: Setup, found: Mapping[tuple[bool, str], Mapping[str, Estimate
             "|---|---|---|---|---|---|",
         ]
         rows = {method: row for method in setup.methods if (row := found.get((private, method)))}
+        if not rows:
+            yield "No line is whole yet."
+            continue
         lines += [_row(method, [row.get(name, "-") for name in columns]) for method, row in rows.items()]
         domains = setup.domains[:-1]
         lines += ["", _row("forgetting of", domains), "|---" * (len(domains) + 1) + "|"]
@@ -627,12 +633,20 @@ def _tables(setup: Setup, found: Mapping[tuple[bool, str], Mapping[str, Estimate
         yield "\n".join(lines)
 
 
+def _missing(jobs: Sequence[Job]) -> Iterator[str]:
+    lines: dict[str, list[str]] = {}
+    for job in jobs:
+        lines.setdefault(job.name.rpartition("/")[0], []).append(str(job.number + 1))
+    for name, numbers in lines.items():
+        yield f"- {name}: rounds {', '.join(numbers)}"
+
+
 def _row(head: str, cells: Sequence[Any]) -> str:
     return "| " + " | ".join((head, *map(str, cells))) + " |"
 
 
 def _matrices(setup: Setup, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    lines = lines_in(setup, rows, "correct")
+    lines = lines_in(setup, rows, "correct", whole=False)
     if base := rows.get("base"):
         shares = (f"{d} {100 * bits.count('1') / len(bits):.0f}" for d, bits in base["correct"].items())
         yield f"Base: {', '.join(shares)}."
@@ -645,11 +659,9 @@ def _matrices(setup: Setup, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[s
             "|---" * (len(setup.domains) + 1) + "|",
         ]
         for number, learnt in enumerate(setup.domains):
-            means = [
-                f"{100 * sum(float(right[number, d].mean()) for right in own) / len(own):.0f}" if n <= number else ""
-                for n, d in enumerate(setup.domains)
-            ]
-            text.append(f"| {learnt} | " + " | ".join(means) + " |")
+            found = [[float(right[number, d].mean()) for right in own if (number, d) in right] for d in setup.domains]
+            if any(found):
+                text.append(_row(learnt, [f"{100 * sum(each) / len(each):.0f}" if each else "" for each in found]))
         yield "\n".join(text)
 
 
@@ -667,7 +679,8 @@ def main() -> None:
     out = folder / "continual.jsonl"
     if not flags.table:
         run(setup, prepare_base(EMBEDDED, flags.bases), flags.data, BUILD, out, flags.workers)
-    page = table(setup, finished(out, setup), f"make bench-continual{' --reduced' if flags.reduced else ''}")
+    command = ".venv/bin/python bench/continual.py --reduced" if flags.reduced else "make bench-continual"
+    page = table(setup, finished(out, setup), command)
     out.with_suffix(".md").write_text(page, encoding="utf-8")
     print(page)
 
