@@ -103,14 +103,12 @@ def throughput(base: Base, adapter: Path, size: Size) -> dict[str, list[float]]:
             "single": lambda: [engine.generate("a", [prompt], TOKENS) for prompt in PROMPTS],
             "batch": lambda: engine.generate("a", PROMPTS, TOKENS),
             "generate_loop": generate_loop,
-            "score_first": lambda: engine.score_labels("a", [f"{p} {time.monotonic_ns()}" for p in PROMPTS], LABELS),
-            "score_next": lambda: engine.score_labels(None, PROMPTS, LABELS),
+            "score_one": lambda: engine.score_labels("a", [f"{p} {time.monotonic_ns()}" for p in PROMPTS], LABELS),
+            "score_two": lambda: engine.ask(["a", None], PROMPTS, LABELS),
         }
         engine.score_labels("a", PROMPTS, LABELS)
         for repeat in range(-1, size.repeats):
             for name, way in ways.items():
-                if name == "score_next":  # what another adapter pays on the same prompts
-                    engine.score_labels("a", PROMPTS, LABELS)
                 took = cpu_s(way)
                 if repeat >= 0:  # the first round warms up
                     spent.setdefault(name, []).append(took)
@@ -230,8 +228,8 @@ def measure(name: str, base: Base, folder: Path) -> dict[str, object]:
         "batch_over_single": median["single"] / median["batch"],
         "batch_over_generate_loop": median["generate_loop"] / median["batch"],
         "answers_per_cpu_s": BATCH / median["batch"],
-        "score_ms_per_prompt_first": 1000 * median["score_first"] / len(PROMPTS),
-        "score_ms_per_prompt_next": 1000 * median["score_next"] / len(PROMPTS),
+        "score_ms_per_prompt": 1000 * median["score_one"] / len(PROMPTS),
+        "score_two_over_one": median["score_two"] / median["score_one"],
         "cpu_s": {way: {"median": median[way], "min": min(t), "max": max(t)} for way, t in spent.items()},
     }
     return figures | swaps(base, adapters, SIZES[name], folder / name)

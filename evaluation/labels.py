@@ -159,8 +159,8 @@ def calibration(subject: Subject, options: Mapping[str, Any]) -> Measurement:
 
     It is never below nought and, at few records, above it even for a calibrated model.
     """
-    chosen, scores = _chosen(subject), subject.predictions.scores
-    assert scores is not None  # noqa: S101 - there is a choice, so there were scores
+    scores = subject.likelihoods()
+    chosen = scores.argmax(axis=1)
     bins = int(options["bins"])
     likely = np.exp(scores - scores.max(axis=1, keepdims=True))
     sure = likely.max(axis=1) / likely.sum(axis=1)

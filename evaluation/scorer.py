@@ -44,6 +44,15 @@ class TellsTokens(Protocol):
         ...
 
 
+@runtime_checkable
+class Chooses(Protocol):
+    """An engine that finds the likeliest label without scoring all of them to their ends."""
+
+    def choose(self, adapter: str | None, prompts: Sequence[str], labels: Sequence[str]) -> NDArray[np.float64]:
+        """As `score_labels`; a label that is surely less likely than the likeliest may have an upper bound."""
+        ...
+
+
 @dataclass(frozen=True)
 class Timed:
     """One answer and what it took.
@@ -70,13 +79,11 @@ class Predictions:
         predicted: (N,) column of the likeliest label; None when there is no usable answer.
         broken: how many scores are NaN or infinite.
         problem: why there is no answer at all.
-        scores: (N, L) as the engine gave them, where they are numbers.
     """
 
     predicted: Indices | None
     broken: int = 0
     problem: str = ""
-    scores: NDArray[np.float64] | None = field(default=None, repr=False)
 
 
 @dataclass
@@ -101,6 +108,7 @@ class Subject:
     root: Path = field(default_factory=Path)
     timer: Timer | None = None
     _predictions: Predictions | None = field(default=None, init=False, repr=False)
+    _likelihoods: NDArray[np.float64] | None = field(default=None, init=False, repr=False)
     _answers: dict[tuple[str, int], str] = field(default_factory=dict, init=False, repr=False)
     _mute: str = field(default="", init=False, repr=False)
     _expected: tuple[NDArray[np.float64], NDArray[np.float64]] | None = field(default=None, init=False, repr=False)
@@ -108,7 +116,7 @@ class Subject:
 
     @property
     def predictions(self) -> Predictions:
-        """Scores of every label on every record of the gate set, and the likeliest of each."""
+        """The likeliest label of every record of the gate set."""
         if self._predictions is None:
             self._predictions = predict(self.scorer, self.adapter, self.gate_set)
         return self._predictions
@@ -117,6 +125,20 @@ class Subject:
     def asked_for_labels(self) -> Predictions | None:
         """The predictions, if anybody asked for them."""
         return self._predictions
+
+    def likelihoods(self) -> NDArray[np.float64]:
+        """(N, L) log-likelihood of every label on every record, each to its end: dearer than the likeliest alone.
+
+        Raises:
+            NotMeasured: the engine threw, or a score is no number.
+        """
+        if self._likelihoods is None:
+            scores, problem = _scores(self.scorer.score_labels, self.adapter, self.gate_set)
+            broken = 0 if scores is None else int((~np.isfinite(scores)).sum())
+            if scores is None or broken:
+                raise NotMeasured(f"{self.named} could not be scored ({problem or f'{broken} scores are no numbers'})")
+            self._likelihoods = scores
+        return self._likelihoods
 
     def answers(self, records: Sequence[GateRecord], max_tokens: int = 0) -> list[str]:
         """Greedy answers to some records' prompts, as the engine gave them.
@@ -133,8 +155,7 @@ class Subject:
     @property
     def answer_tokens(self) -> int:
         """Enough tokens for the gate set's longest answer and its end, within reason."""
-        longest = max((len(answer.encode()) for answer in self.gate_set.answers.values()), default=0)
-        return min(_ANSWER_TOKENS_MAX, 1 + longest)
+        return answer_tokens(self.gate_set)
 
     def says(self, prompts: Sequence[str], max_tokens: int) -> list[str]:
         """Greedy answers to any prompts; those asked before are not asked again.
@@ -175,20 +196,21 @@ class Subject:
     def _score_expected(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         if not isinstance(self.scorer, TellsTokens):
             raise NotMeasured("this engine does not tell how many tokens a completion has")
-        records, said = self.gate_set.records, self._predictions
+        records = self.gate_set.records
+        loglik = np.empty(len(records))
         try:
-            if said is not None and said.scores is not None:
+            if self._likelihoods is not None:
                 column = {label: index for index, label in enumerate(self.gate_set.labels)}
-                loglik = [float(row[column[r.truth]]) for row, r in zip(said.scores, records, strict=True)]
-            else:
-                loglik = [
-                    float(np.asarray(self.scorer.score_labels(self.adapter, [r.prompt], [r.completion]))[0, 0])
-                    for r in records
-                ]
+                loglik[:] = [row[column[r.truth]] for row, r in zip(self._likelihoods, records, strict=True)]
+            else:  # each completion behind its own records only
+                for said in dict.fromkeys(record.completion for record in records):
+                    rows = [row for row, record in enumerate(records) if record.completion == said]
+                    prompts = [records[row].prompt for row in rows]
+                    loglik[rows] = np.asarray(self.scorer.score_labels(self.adapter, prompts, [said]))[:, 0]
             tokens = [len(self.scorer.text_ids(record.completion)) + 1 for record in records]
         except Exception as error:
             raise NotMeasured(f"{self.named} could not be scored ({one_line(error)})") from error
-        return np.array(loglik, dtype=np.float64), np.array(tokens, dtype=np.float64)
+        return loglik, np.array(tokens, dtype=np.float64)
 
     def timed(self, records: Sequence[GateRecord], max_tokens: int = 0) -> Sequence[Timed]:
         """Answers to some records' prompts, one after the other, and what each took.
@@ -216,20 +238,39 @@ class Subject:
         return {"candidate": "the candidate", "live": "live", "base": "the base"}[self.role]
 
 
+def answer_tokens(gate_set: GateSet) -> int:
+    """Enough tokens for a gate set's longest answer and its end, within reason."""
+    longest = max((len(answer.encode()) for answer in gate_set.answers.values()), default=0)
+    return min(_ANSWER_TOKENS_MAX, 1 + longest)
+
+
 def predict(scorer: Scorer, adapter: str | None, gate_set: GateSet) -> Predictions:
-    """Score every label on every prompt. An engine that throws or answers nonsense is reported, not passed on."""
-    prompts = [record.prompt for record in gate_set.records]
-    expected = (len(prompts), len(gate_set.answers))
-    try:
-        scores = np.asarray(scorer.score_labels(adapter, prompts, list(gate_set.answers.values())), dtype=float)
-    except Exception as error:  # noqa: BLE001 - whatever an engine throws must end in `undecided`, never in `passed`
-        return Predictions(None, problem=one_line(error))
-    if scores.shape != expected:
-        return Predictions(None, problem=f"scores have shape {scores.shape}, must be {expected}")
+    """The likeliest label of every prompt. An engine that throws or answers nonsense is reported, not passed on."""
+    choose = scorer.choose if isinstance(scorer, Chooses) else scorer.score_labels
+    scores, problem = _scores(choose, adapter, gate_set)
+    if scores is None:
+        return Predictions(None, problem=problem)
     broken = int((~np.isfinite(scores)).sum())
     if broken:
         return Predictions(None, broken, f"{broken} of {scores.size} scores are NaN or infinite")
-    return Predictions(scores.argmax(axis=1).astype(np.int64), scores=scores)
+    return Predictions(scores.argmax(axis=1).astype(np.int64))
+
+
+def _scores(
+    ask: Callable[[str | None, Sequence[str], Sequence[str]], NDArray[np.float64]],
+    adapter: str | None,
+    gate_set: GateSet,
+) -> tuple[NDArray[np.float64] | None, str]:
+    """(N, L) scores, or why there are none."""
+    prompts = [record.prompt for record in gate_set.records]
+    expected = (len(prompts), len(gate_set.answers))
+    try:
+        scores = np.asarray(ask(adapter, prompts, list(gate_set.answers.values())), dtype=float)
+    except Exception as error:  # noqa: BLE001 - whatever an engine throws must end in `undecided`, never in `passed`
+        return None, one_line(error)
+    if scores.shape != expected:
+        return None, f"scores have shape {scores.shape}, must be {expected}"
+    return scores, ""
 
 
 def one_line(error: Exception) -> str:

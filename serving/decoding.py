@@ -73,6 +73,16 @@ class Slots:
         last = torch.tensor([len(prompt) - 1 for prompt in prompts])
         return self._decoder.logits(hidden[torch.arange(count), last])
 
+    def adopt(self, keys: Tensor, values: Tensor, adapter: Resident | None) -> None:
+        """Take in an answer that was begun elsewhere, by its keys and values (depth, K, T, D), as the last row."""
+        row, length = self.rows, keys.shape[2]
+        self._reserve(length)
+        self._keys[:, row, :, :length] = keys
+        self._values[:, row, :, :length] = values
+        self._lengths.append(length)
+        self._adapters.append(adapter)
+        self._groups = group_rows(self._adapters)
+
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token to every row.
 

@@ -15,6 +15,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -32,7 +35,7 @@ from serving.decoding import Slots, choose
 from serving.engine import Finish, FinishReason, Piece, Sampling
 from serving.errors import EngineError, PromptTooLong, QueueFull, UnknownAdapter
 from serving.forward import Decoder, Resident, resident_from
-from serving.scoring import Scorer
+from serving.scoring import Scored, Scorer
 from serving.text import TextStream
 
 T = TypeVar("T")
@@ -46,6 +49,28 @@ PROBE_STEPS = 3
 RETRY_AFTER_S_MAX = 60
 
 log = structlog.get_logger()
+
+
+@cache
+def code_sha256() -> str:
+    """Of every source file that what a model says depends on: kept answers of other code are not believed."""
+    root = Path(__file__).resolve().parent.parent
+    names = ("serving/inprocess.py", "serving/scoring.py", "serving/decoding.py", "serving/forward.py")
+    sources = (*names, "learner/prompt.py", "learner/adapter.py", "learner/base.py")
+    return sha256(b"".join(sha256((root / name).read_bytes()).digest() for name in sources)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one adapter says about N prompts.
+
+    Attributes:
+        scores: (N, L) summed log-likelihoods of labels; NaN where logits were not finite, or no scores were wanted.
+        answers: N greedy answers; None where logits were not finite, or no answers were wanted.
+    """
+
+    scores: NDArray[np.float64]
+    answers: list[str | None]
 
 
 class _Writing:
@@ -132,7 +157,7 @@ class InProcessEngine:
         self._queue_max = queue_max
         self.context_max = min(context_max, self._decoder.context)
         self._residents: dict[str, Resident] = {}
-        self._scorer = Scorer(self._decoder)
+        self._scorer = Scorer(self._decoder, frozenset(self._ends))
         self._slots = Slots(self._decoder, batch_max)
         self._active: list[_Writing] = []
         self._waiting: deque[_Writing] = deque()
@@ -293,26 +318,58 @@ class InProcessEngine:
             progress: told (prompts done, prompts in all).
 
         Returns:
-            (N, L) float64. Asking several adapters about the same prompts and labels one after the other shares the
-            layers below the lowest one any resident adapter changes.
+            (N, L) float64.
         """
-        resident = self._adapter(adapter)
-        scores = np.empty((len(prompts), len(labels)), dtype=np.float64)
-        if not scores.size:
-            return scores
+        return self.ask([adapter], prompts, labels, progress=progress)[0].scores
+
+    def ask(
+        self,
+        adapters: Sequence[str | None],
+        prompts: Sequence[str],
+        labels: Sequence[str] = (),
+        *,
+        max_tokens: int | Sequence[int] = 0,
+        within: float = math.inf,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Said]:
+        """Scores of labels and greedy answers of several adapters in one pass: what they have in common is run once.
+
+        Args:
+            adapters: A resident adapters; None is the bare base.
+            prompts: N user prompts.
+            labels: L completions.
+            max_tokens: of an answer, its end included, for all or for each adapter; 0: no answers.
+            within: labels surely this many nats below the likeliest are given a bound instead of their likelihood:
+                that of their beginning. Below nought: no scores; labels then only guess at the answers.
+            progress: told (prompts done, prompts in all).
+
+        Raises:
+            UnknownAdapter: one is not resident.
+            PromptTooLong: prompt and answer, or label, exceed the context.
+        """
+        residents = [self._adapter(name) for name in adapters]
+        said = [Said(np.full((len(prompts), len(labels)), np.nan), [None] * len(prompts)) for _ in adapters]
+        if not prompts or not adapters:
+            return said
         ids = [self.render([{"role": "user", "content": prompt}]) for prompt in prompts]
         with self._rendering:
             completions = [self._renderer.completion_ids(label) for label in labels]
-        boundary = min((other.lowest for other in self._residents.values()), default=self._decoder.depth)
-        passes = self._scorer.scores(resident, boundary, ids, completions)
+        most = [max_tokens] * len(adapters) if isinstance(max_tokens, int) else list(max_tokens)
+        self._check_length(max(map(len, ids)), max(*most, *map(len, completions), 0))
+        found = self._scorer.ask(residents, ids, completions, within=within, max_tokens=most)
         done = 0
-        while (found := self._call(lambda: next(passes, None))) is not None:
-            rows, values = found
-            scores[list(rows)] = values
-            done += len(rows)
-            if progress:
-                progress(done, len(prompts))
-        return scores
+        while (some := self._call(lambda: next(found, None))) is not None:
+            for one in some:
+                if isinstance(one, Scored):
+                    said[one.adapter].scores[list(one.rows)] = one.values
+                    done += len(one.rows)
+                elif not one.broken:
+                    with self._rendering:
+                        text = self._renderer.tokenizer.decode(one.tokens, skip_special_tokens=True)
+                    said[one.adapter].answers[one.row] = text
+            if progress and labels and within >= 0:
+                progress(done // len(adapters), len(prompts))
+        return said
 
     # Between threads
 
@@ -330,12 +387,15 @@ class InProcessEngine:
     ) -> _Writing:
         if not prompt_ids:
             raise PromptTooLong("prompt tokens=0: must be >= 1; send some text")
-        if len(prompt_ids) + sampling.max_tokens > self.context_max:
+        self._check_length(len(prompt_ids), sampling.max_tokens)
+        return _Writing(self._adapter(adapter), prompt_ids, sampling, sink)
+
+    def _check_length(self, prompt: int, answer: int) -> None:
+        if prompt + answer > self.context_max:
             raise PromptTooLong(
-                f"prompt tokens={len(prompt_ids)} + max_tokens={sampling.max_tokens}: must be <= {self.context_max}; "
+                f"prompt tokens={prompt} + max_tokens={answer}: must be <= {self.context_max}; "
                 "shorten the prompt or ask for fewer tokens"
             )
-        return _Writing(self._adapter(adapter), prompt_ids, sampling, sink)
 
     def _enqueue(self, writing: _Writing) -> None:
         if self._closed:

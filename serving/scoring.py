@@ -1,177 +1,497 @@
-"""How likely each label is as the answer to each prompt, for all labels in one pass a prompt.
+"""What several adapters say about the same prompts, in one pass: how likely each label is, and what each would write.
 
-What follows a prompt is a tree: labels that begin alike share a branch. Every node of it is one more token of the same
-sequence that sees the prompt and its own ancestors only (tree attention: Miao et al. 2023), so a prompt and all its
-labels cost one pass, and the vocabulary is only projected where a label token is predicted. The tokens all prompts
-begin with (system prompt, template) are run once. Adapters that leave the lower layers alone share them: what enters
-the lowest adapted layer is kept between calls for the same prompts and labels.
+What follows a prompt is a tree: labels that begin alike share a branch, and every node is one more token that sees the
+prompt and its own ancestors only (tree attention: Miao et al. 2023, 'SpecInfer'). Four things keep it cheap, and none
+changes what is found:
+
+- The tokens all prompts begin with (system prompt, template) are run once a call.
+- What lies below the lowest layer that any of the adapters changes is the same for all: run once, branched above.
+- A branch is followed only while a label on it can still matter: what was seen of a label bounds its likelihood.
+- Greedy answers are read off the same pass: while the likeliest token is a branch of the tree, it is a step of the
+  answer too. Answers that leave the tree are finished together, whichever adapter writes them.
+
+Tokens of one run lie packed behind each other, whatever prompt they belong to, so that nothing is spent on padding;
+only attention sees them as rows.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from serving.forward import Decoder, Groups, Resident, attention, fold_mask
+from serving.decoding import Slots
+from serving.forward import Attend, Decoder, Groups, Resident, attention, fold_mask
 
-# Tokens of one pass: matrix products of this height already run at full speed, and answers that
-# are being written in the same process wait for at most one pass.
-PASS_TOKENS = 512
+# Tokens of prompts in one pass: matrix products of this height run at full speed, and answers that are being written
+# in the same process wait for at most one pass.
+PASS_TOKENS = 1024
 # Rows of logits at once: 256 x 152k tokens in fp32 is 156 MB.
 LOGIT_ROWS = 256
-# What may be kept between calls.
-KEPT_BYTES_MAX = 1 << 30
+# Answers that left the tree and are written together; more would cost memory and gain little.
+WRITING_ROWS = 32
+Memory = list[tuple[Tensor, Tensor]]
+"""Keys and values, (B, K, T, D) a layer."""
 
 
 @dataclass(frozen=True)
 class Tree:
-    """All labels' tokens as one tree under the prompt.
+    """All labels' tokens as one tree; node 0 is the prompt's last token.
 
     Attributes:
-        tokens: (N,) input token of each node; nodes stand behind their parents.
-        depth: (N,) distance to the prompt's last token, from 1.
-        sees: (N, N) whether a node attends to another (ancestors and itself).
-        paths: for each label, (node or -1 for the prompt's last token, token predicted there).
+        tokens: input token of each node; node 0's is the prompt's own.
+        depths: distance to node 0.
+        ancestors: of each node, itself last, node 0 left out.
+        children: of each node, by token.
+        edges: (E, 2) the node and the token predicted there, for all that some label needs.
+        paths: (L, D) the edges of each label from node 0 to its end; -1 behind a shorter one.
     """
 
-    tokens: Tensor
-    depth: Tensor
-    sees: Tensor
-    paths: tuple[tuple[tuple[int, int], ...], ...]
+    tokens: tuple[int, ...]
+    depths: tuple[int, ...]
+    ancestors: tuple[tuple[int, ...], ...]
+    children: tuple[dict[int, int], ...]
+    edges: NDArray[np.int64]
+    paths: NDArray[np.int64]
+
+    def edges_at(self, node: int) -> NDArray[np.int64]:
+        """Indices of the edges that begin at a node."""
+        return np.flatnonzero(self.edges[:, 0] == node)
 
 
 def grow(labels: Sequence[Sequence[int]]) -> Tree:
-    """The tree of some labels' completion ids, end token included."""
-    nodes: dict[tuple[int, ...], int] = {}
-    paths = []
+    """The tree of some labels' completion ids, end token included; without labels it is node 0 alone."""
+    tokens: list[int] = [-1]
+    ancestors: list[tuple[int, ...]] = [()]
+    children: list[dict[int, int]] = [{}]
+    edges: dict[tuple[int, int], int] = {}
+    paths: list[list[int]] = []
     for ids in labels:
-        path = [(-1, ids[0])]
-        for end in range(1, len(ids)):
-            node = nodes.setdefault(tuple(ids[:end]), len(nodes))
-            path.append((node, ids[end]))
-        paths.append(tuple(path))
-    sees = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
-    for branch, node in nodes.items():
-        for end in range(1, len(branch) + 1):
-            sees[node, nodes[branch[:end]]] = True
-    tokens = torch.tensor([branch[-1] for branch in nodes], dtype=torch.long)
-    depth = torch.tensor([len(branch) for branch in nodes], dtype=torch.long)
-    return Tree(tokens, depth, sees, tuple(paths))
+        node, path = 0, []
+        for at, token in enumerate(ids):
+            path.append(edges.setdefault((node, token), len(edges)))
+            if at + 1 == len(ids):
+                break
+            if token not in children[node]:
+                children[node][token] = len(tokens)
+                tokens.append(token)
+                ancestors.append((*ancestors[node], len(tokens) - 1))
+                children.append({})
+            node = children[node][token]
+        paths.append(path)
+    longest = max(map(len, paths), default=0)
+    laid = np.array([path + [-1] * (longest - len(path)) for path in paths], dtype=np.int64).reshape(
+        len(paths), longest
+    )
+    depths = tuple(len(above) for above in ancestors)
+    known = np.array(list(edges), dtype=np.int64).reshape(-1, 2)
+    return Tree(tuple(tokens), depths, tuple(ancestors), tuple(children), known, laid)
 
 
 @dataclass(frozen=True)
-class Pass:
-    """Some prompts of about the same length, padded on the right, each followed by the tree.
+class Scored:
+    """How likely an adapter finds each label behind some prompts.
 
     Attributes:
+        adapter: index of the adapter.
         rows: which prompts.
-        lengths: (B,) tokens of each behind the common beginning.
-        ids, positions: (B, S).
-        mask: (B, S, C + S) over the common beginning and the row itself.
+        values: (B, L) summed log-likelihoods; NaN where logits are not finite.
     """
 
+    adapter: int
     rows: tuple[int, ...]
-    lengths: Tensor
-    ids: Tensor
-    positions: Tensor
-    mask: Tensor
+    values: NDArray[np.float64]
+
+
+@dataclass
+class Written:
+    """One greedy answer of an adapter.
+
+    Attributes:
+        adapter: index of the adapter.
+        row: which prompt.
+        tokens: what it has so far, without the end token.
+        ended: whether that is all.
+        broken: its logits are not finite.
+        keys, values: of an answer that left the tree, (depth, K, T, D).
+    """
+
+    adapter: int
+    row: int
+    tokens: list[int]
+    ended: bool = False
+    broken: bool = False
+    keys: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
+    values: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
+
+
+Found = Sequence[Scored | Written]
 
 
 class Scorer:
-    """Scores labels on one decoder; keeps what enters the lowest adapted layer of the last prompts."""
+    """Asks adapters on one decoder.
 
-    def __init__(self, decoder: Decoder) -> None:
+    Args:
+        decoder: the model.
+        ends: tokens that end an answer.
+    """
+
+    def __init__(self, decoder: Decoder, ends: frozenset[int]) -> None:
         self._decoder = decoder
-        self._kept_for: tuple[object, ...] = ()
-        self._kept: dict[int, Tensor] = {}
+        self._ends = ends
 
-    def scores(
+    def ask(
         self,
-        adapter: Resident | None,
-        boundary: int,
+        adapters: Sequence[Resident | None],
         prompts: Sequence[Sequence[int]],
         labels: Sequence[Sequence[int]],
-    ) -> Iterator[tuple[tuple[int, ...], NDArray[np.float64]]]:
-        """Score pass by pass: (which prompts, (B, L) summed log-likelihoods).
+        *,
+        within: float,
+        max_tokens: Sequence[int],
+    ) -> Iterator[Found]:
+        """What each adapter says, some prompts at a time; answers that left the tree come when they are finished.
 
         Args:
-            adapter: None is the bare base.
-            boundary: no adapter that will be asked about the same prompts changes a layer below it.
+            adapters: None is the bare base.
             prompts: ids of each, not empty.
-            labels: completion ids of each, end token included.
+            labels: completion ids of each, end token included; may be none.
+            within: a label that is surely this much less likely than the likeliest, in nats, is given a bound in place
+                of its likelihood: that of its beginning. Infinity: every label is followed to its end. Below nought:
+                no scores are wanted, and labels only guess at the answers.
+            max_tokens: of a greedy answer of each adapter, its end included; 0: none is wanted.
         """
         tree = grow(labels)
-        common = _common(prompts)
-        passes = list(_passes(prompts, len(common), tree))
-        question = (boundary, tuple(map(tuple, prompts)), tuple(map(tuple, labels)))
-        if question != self._kept_for:
-            self._kept_for, self._kept = question, {}
-        groups: Groups = [] if adapter is None else [(None, adapter)]
-        beginning = self._beginning(common, groups)
-        for index, one in enumerate(passes):
-            hidden = self._through(index, one, groups, beginning, boundary)
-            yield one.rows, self._likelihoods(hidden, one, tree)
+        common = len(_common(prompts))
+        shared = min((a.lowest for a in adapters if a is not None), default=self._decoder.depth)
+        beginning = self._beginning(prompts[0][:common], adapters, shared)
+        left: list[Written] = []
+        for rows in _passes(prompts, common):
+            one = Pass(self._decoder, tree, adapters, shared, [prompts[row] for row in rows], common)
+            one.read(beginning)
+            while (wanted := one.wanted(within, self._ends, max_tokens)).any():
+                one.follow(wanted)
+            scored = [Scored(i, rows, values) for i, values in enumerate(one.scores())] if within >= 0 else []
+            written = one.written(rows, self._ends, max_tokens)
+            yield [*scored, *(answer for answer in written if answer.ended or answer.broken)]
+            left += [answer for answer in written if not (answer.ended or answer.broken)]
+            if len(left) >= WRITING_ROWS:
+                yield from self._finish(left, adapters, max_tokens)
+                left = []
+        yield from self._finish(left, adapters, max_tokens)
 
-    def _beginning(self, common: Sequence[int], groups: Groups) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values, (1, K, C, D) a layer, of the tokens all prompts begin with."""
+    def _beginning(self, common: Sequence[int], adapters: Sequence[Resident | None], shared: int) -> list[Memory]:
+        """For each adapter, keys and values, (1, K, C, D) a layer, of the tokens all prompts begin with."""
         decoder, length = self._decoder, len(common)
+        nothing = torch.empty(1, decoder.key_heads, 0, decoder.head_size)
+        memories: list[Memory] = [[(nothing, nothing)] * decoder.depth for _ in adapters]
         if not length:
-            nothing = torch.empty(1, decoder.key_heads, 0, decoder.head_size)
-            return [(nothing, nothing)] * decoder.depth
-        kept: list[tuple[Tensor, Tensor]] = []
+            return memories
         mask = fold_mask(torch.ones(1, length, length, dtype=torch.bool).tril(), decoder)
+        positions = torch.arange(length).unsqueeze(0)
 
-        def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            kept.append((k, v))
-            return attention(q, k, v, mask)
+        def attend_in(memory: Memory) -> Attend:
+            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                memory[layer] = (k, v)
+                return attention(q, k, v, mask)
 
-        hidden = decoder.embed(torch.tensor([list(common)]))
-        decoder.run(hidden, torch.arange(length).unsqueeze(0), groups, attend)
-        return kept
+            return attend
 
-    def _through(
-        self, index: int, one: Pass, groups: Groups, beginning: list[tuple[Tensor, Tensor]], boundary: int
-    ) -> Tensor:
-        """What leaves the last layer, (B, S, H)."""
-        rows = len(one.rows)
-        mask = fold_mask(one.mask, self._decoder)
+        below = decoder.embed(torch.tensor([list(common)]))
+        below = decoder.run(below, positions, (), attend_in(memories[0]), stop=shared)
+        for adapter, memory in zip(adapters, memories, strict=True):
+            memory[:shared] = memories[0][:shared]
+            decoder.run(below, positions, _everywhere(adapter), attend_in(memory), start=shared)
+        return memories
+
+    def _finish(
+        self, left: Sequence[Written], adapters: Sequence[Resident | None], max_tokens: Sequence[int]
+    ) -> Iterator[Found]:
+        """Write the answers that left the tree to their ends, in one batch, whatever adapters they are of."""
+        if not left:
+            return
+        slots = Slots(self._decoder, min(len(left), WRITING_ROWS))
+        waiting, writing = deque(left), list[Written]()
+        while waiting or writing:
+            while waiting and len(writing) < WRITING_ROWS:
+                answer = waiting.popleft()
+                slots.adopt(answer.keys, answer.values, adapters[answer.adapter])
+                answer.keys = answer.values = torch.empty(0)
+                writing.append(answer)
+            likeliest, tokens = slots.step([answer.tokens[-1] for answer in writing]).max(dim=-1)
+            finite, chosen = likeliest.isfinite().tolist(), tokens.tolist()
+            done = []
+            for row in reversed(range(len(writing))):
+                answer = writing[row]
+                answer.broken = not finite[row]
+                answer.ended = chosen[row] in self._ends
+                if not (answer.broken or answer.ended):
+                    answer.tokens.append(chosen[row])
+                    answer.ended = len(answer.tokens) >= max_tokens[answer.adapter]
+                if answer.broken or answer.ended:
+                    slots.remove(row)
+                    writing[row] = writing[-1]
+                    writing.pop()
+                    done.append(answer)
+            yield done
+
+
+class Pass:
+    """Some prompts of about the same length, and as much of the tree behind each as is asked for.
+
+    Args:
+        decoder: the model.
+        tree: of the labels.
+        adapters: A of them.
+        shared: no adapter changes a layer below it.
+        prompts: B of them.
+        common: how many tokens they begin with are in memory already.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tree: Tree,
+        adapters: Sequence[Resident | None],
+        shared: int,
+        prompts: Sequence[Sequence[int]],
+        common: int,
+    ) -> None:
+        self._decoder = decoder
+        self._tree = tree
+        self._adapters = adapters
+        self._shared = shared
+        self._prompts = prompts
+        self._common = common
+        self._memories: list[Memory] = []
+        nodes, rows, models = len(tree.tokens), len(prompts), len(adapters)
+        self._lengths = np.array([len(prompt) for prompt in prompts])
+        # Where each node's key stands in its row, the same for every adapter; -1: it was run for none.
+        self._columns = np.full((rows, nodes), -1, dtype=np.int64)
+        # What enters the lowest adapted layer at each node.
+        self._entering: dict[tuple[int, int], Tensor] = {}
+        self._run_for = np.zeros((models, rows, nodes), dtype=bool)
+        self._edges = np.full((models, rows, len(tree.edges)), np.nan)  # log-likelihood of each edge
+        self._likeliest = np.full((models, rows, nodes), -1, dtype=np.int64)  # token behind each node that was run
+        self._broken = np.zeros((models, rows), dtype=bool)  # some logits are not finite
+
+    def read(self, beginning: Sequence[Memory]) -> None:
+        """Run the prompts behind their common beginning."""
+        common, longest = self._common, int(self._lengths.max())
+        self._memories = [self._room(memory, longest, model) for model, memory in enumerate(beginning)]
+        rows = torch.arange(len(self._prompts)).repeat_interleave(torch.from_numpy(self._lengths - common))
+        places = torch.cat([torch.arange(int(length) - common) for length in self._lengths])
+        mask = torch.ones(1, longest - common, longest, dtype=torch.bool).tril(common)
+        line = _Line(rows, places, places + common, places + common, len(self._prompts), fold_mask(mask, self._decoder))
+        entering = self._below(torch.tensor([t for prompt in self._prompts for t in prompt[common:]]), line)
+        ends = torch.from_numpy(self._lengths - common).cumsum(dim=0) - 1
+        self._columns[:, 0] = self._lengths - 1
+        nodes = [(row, 0) for row in range(len(self._prompts))]
+        for model in range(len(self._adapters)):
+            self._look(model, self._above(model, entering, line)[ends], nodes)
+
+    def wanted(self, within: float, ends: frozenset[int], max_tokens: Sequence[int]) -> NDArray[np.bool_]:
+        """(A, B, N) which nodes must be run next: of labels that can still matter, and those answers go through."""
+        found = np.zeros_like(self._run_for)
+        if within >= 0 and len(self._tree.paths):
+            self._open(within, found)
+        for model in (model for model, most in enumerate(max_tokens) if most):
+            for row in range(len(self._prompts)):
+                node, _, ended = self._walk(model, row, ends, max_tokens[model])
+                if not (ended or self._broken[model, row]):
+                    found[model, row, node] = not self._run_for[model, row, node]
+        return found
+
+    def follow(self, wanted: NDArray[np.bool_]) -> None:
+        """Run some nodes, each for the adapters that want it; what they descend from was run before."""
+        new = [(row, node) for row, node in np.argwhere(wanted.any(axis=0) & (self._columns < 0)).tolist()]
+        if new:
+            for row, node in new:
+                self._columns[row, node] = max(self._lengths.max(), self._columns[row].max() + 1)
+            if (short := int(self._columns.max()) + 1 - self._width) > 0:
+                self._memories = [self._wider(memory, short) for memory in self._memories]
+            entering = self._below(torch.tensor([self._tree.tokens[node] for _, node in new]), self._line(new))
+            self._entering |= dict(zip(new, entering, strict=True))
+        for model, some in enumerate(wanted):
+            nodes = [(row, node) for row, node in np.argwhere(some).tolist()]
+            if nodes:
+                entering = torch.stack([self._entering[node] for node in nodes])
+                self._look(model, self._above(model, entering, self._line(nodes)), nodes)
+
+    def scores(self) -> NDArray[np.float64]:
+        """(A, B, L) likelihoods, and bounds of those that were not followed to their ends; NaN where broken."""
+        edges = np.concatenate((np.nan_to_num(self._edges), np.zeros((*self._broken.shape, 1))), axis=2)
+        found: NDArray[np.float64] = edges[:, :, self._tree.paths].sum(axis=3)  # the edge -1 adds nothing
+        found[self._broken] = np.nan
+        return found
+
+    def written(self, rows: Sequence[int], ends: frozenset[int], max_tokens: Sequence[int]) -> list[Written]:
+        """The answer to every prompt of every adapter that writes, ended or as far as the tree goes."""
+        found = []
+        for model in (model for model, most in enumerate(max_tokens) if most):
+            for at, row in enumerate(rows):
+                node, tokens, ended = self._walk(model, at, ends, max_tokens[model])
+                answer = Written(model, row, tokens, ended, broken=not ended and bool(self._broken[model, at]))
+                if not (ended or answer.broken):
+                    answer.tokens.append(int(self._likeliest[model, at, node]))
+                    answer.keys, answer.values = self._remembered(model, at, node)
+                    answer.ended = len(answer.tokens) >= max_tokens[model]
+                found.append(answer)
+        return found
+
+    # How
+
+    def _open(self, within: float, found: NDArray[np.bool_]) -> None:
+        """Mark the next node of each label that may be within so many nats of the likeliest, per adapter and row."""
+        tree, bounds = self._tree, self.scores()
+        run = self._run_for[:, :, tree.edges[:, 0]]
+        run = np.concatenate((run, np.ones((*run.shape[:2], 1), dtype=bool)), axis=2)  # the edge -1 is no open end
+        seen = run[:, :, tree.paths]  # (A, B, L, D)
+        whole = seen.all(axis=3)
+        best = np.where(whole, bounds, -np.inf).max(axis=2, keepdims=True)
+        best = np.where(np.isneginf(best), bounds.max(axis=2, keepdims=True), best)
+        model, row, label = np.nonzero((bounds >= best - within) & ~whole)
+        edge = tree.paths[label, seen[model, row, label].argmin(axis=1)]
+        found[model, row, tree.edges[edge, 0]] = True
+
+    def _walk(self, model: int, row: int, ends: frozenset[int], max_tokens: int) -> tuple[int, list[int], bool]:
+        """How far the greedy answer is known: (the last node, tokens up to it, whether the answer ends there)."""
+        node, tokens = 0, list[int]()
+        while self._run_for[model, row, node] and not self._broken[model, row]:
+            token = int(self._likeliest[model, row, node])
+            if token in ends:
+                return node, tokens, True
+            if token not in self._tree.children[node]:
+                break
+            node = self._tree.children[node][token]
+            tokens.append(token)
+            if len(tokens) >= max_tokens:
+                return node, tokens, True
+        return node, tokens, False
+
+    def _line(self, nodes: Sequence[tuple[int, int]]) -> _Line:
+        """How some nodes, sorted, are laid out for attention."""
+        rows = np.array([row for row, _ in nodes])
+        places = np.arange(len(nodes)) - np.searchsorted(rows, rows)  # among the nodes of the same row
+        columns = np.array([self._columns[node] for node in nodes])
+        depths = np.array([self._tree.depths[node] for _, node in nodes])
+        mask = torch.zeros(len(self._prompts), int(places.max()) + 1, self._width, dtype=torch.bool)
+        mask[:, :, 0] = True  # a line without nodes, too, must see something: no softmax of nothing
+        for (row, node), place in zip(nodes, places.tolist(), strict=True):
+            mask[row, place, : self._lengths[row]] = True
+            mask[row, place, self._columns[row, list(self._tree.ancestors[node])]] = True
+        return _Line(
+            torch.from_numpy(rows),
+            torch.from_numpy(places),
+            torch.from_numpy(columns),
+            torch.from_numpy(self._lengths[rows] - 1 + depths),
+            len(self._prompts),
+            fold_mask(mask, self._decoder),
+        )
+
+    def _below(self, ids: Tensor, line: _Line) -> Tensor:
+        """(S,) tokens through the shared layers: (S, H)."""
+        attend = line.attend_in(self._memories[0])
+        hidden = self._decoder.embed(ids.unsqueeze(0))
+        return self._decoder.run(hidden, line.positions.unsqueeze(0), (), attend, stop=self._shared)[0]
+
+    def _above(self, model: int, entering: Tensor, line: _Line) -> Tensor:
+        """(S, H) through an adapter's own layers."""
+        attend, groups = line.attend_in(self._memories[model]), _everywhere(self._adapters[model])
+        hidden, positions = entering.unsqueeze(0), line.positions.unsqueeze(0)
+        return self._decoder.run(hidden, positions, groups, attend, start=self._shared)[0]
+
+    @property
+    def _width(self) -> int:
+        return self._memories[0][0][0].shape[2]
+
+    def _room(self, beginning: Memory, tokens: int, model: int) -> Memory:
+        """Room for so many tokens a row, the common beginning in place; the first adapter keeps the shared layers."""
+        made = []
+        for layer, (keys, values) in enumerate(beginning):
+            rows = len(self._prompts) if layer >= self._shared or model == 0 else 0
+            # Nought and not whatever was there: a masked NaN would still poison its row.
+            room = keys.new_zeros(2, rows, keys.shape[1], tokens, keys.shape[3])
+            room[0, :, :, : self._common], room[1, :, :, : self._common] = keys, values
+            made.append((room[0], room[1]))
+        return made
+
+    def _wider(self, memory: Memory, columns: int) -> Memory:
+        pad = torch.nn.functional.pad
+        return [(pad(keys, (0, 0, 0, columns)), pad(values, (0, 0, 0, columns))) for keys, values in memory]
+
+    def _look(self, model: int, hidden: Tensor, nodes: Sequence[tuple[int, int]]) -> None:
+        """Keep what (n, H) states at some nodes say about the tree."""
+        for first in range(0, len(nodes), LOGIT_ROWS):
+            here = slice(first, first + LOGIT_ROWS)
+            self._keep(model, self._decoder.logits(hidden[here]), nodes[here])
+
+    def _keep(self, model: int, logits: Tensor, nodes: Sequence[tuple[int, int]]) -> None:
+        normaliser = logits.logsumexp(dim=-1)
+        likeliest = logits.argmax(dim=-1).tolist()
+        finite = normaliser.isfinite().tolist()
+        edges = [self._tree.edges_at(node) for _, node in nodes]
+        rows = torch.arange(len(nodes)).repeat_interleave(torch.tensor([len(some) for some in edges]))
+        tokens = torch.from_numpy(self._tree.edges[np.concatenate(edges), 1])
+        values = (logits[rows, tokens].double() - normaliser[rows].double()).numpy()
+        done = 0
+        for (row, node), some, token, good in zip(nodes, edges, likeliest, finite, strict=True):
+            self._edges[model, row, some] = values[done : done + len(some)]
+            done += len(some)
+            self._run_for[model, row, node] = True
+            self._likeliest[model, row, node] = token
+            self._broken[model, row] |= not good
+
+    def _remembered(self, model: int, row: int, node: int) -> tuple[Tensor, Tensor]:
+        """Keys and values, (depth, K, T, D), of a prompt and of what leads to a node of it."""
+        path = self._columns[row, list(self._tree.ancestors[node])]
+        columns = torch.cat((torch.arange(len(self._prompts[row])), torch.from_numpy(path)))
+        memory = self._memories[0][: self._shared] + self._memories[model][self._shared :]
+        keys, values = zip(*((k[row][:, columns], v[row][:, columns]) for k, v in memory), strict=True)
+        return torch.stack(keys), torch.stack(values)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Where packed tokens stand once every row has its own line.
+
+    Attributes:
+        row, place: (S,) the line of each token, and where in it.
+        column: (S,) where its key is kept in the row's memory.
+        positions: (S,) rotary.
+        rows: how many lines.
+        mask: from `fold_mask`, over lines and memory.
+    """
+
+    row: Tensor
+    place: Tensor
+    column: Tensor
+    positions: Tensor
+    rows: int
+    mask: Tensor
+
+    def attend_in(self, memory: Memory) -> Attend:
+        """Attention that keeps keys and values in a memory; only here do packed tokens become rows."""
+        width = int(self.place.max()) + 1
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            before_k, before_v = (x.expand(rows, -1, -1, -1) for x in beginning[layer])
-            return attention(q, torch.cat((before_k, k), dim=2), torch.cat((before_v, v), dim=2), mask)
+            keys, values = memory[layer]
+            keys[self.row, :, self.column] = k[0].transpose(0, 1)
+            values[self.row, :, self.column] = v[0].transpose(0, 1)
+            spread = q.new_zeros(self.rows, width, q.shape[1], q.shape[3])
+            spread[self.row, self.place] = q[0].transpose(0, 1)
+            out = attention(spread.transpose(1, 2), keys, values, self.mask)
+            return out[self.row, self.place].unsqueeze(0)
 
-        hidden = self._kept.get(index)
-        if hidden is None:
-            hidden = self._decoder.embed(one.ids)
-            hidden = self._decoder.run(hidden, one.positions, (), attend, stop=boundary)
-            if boundary and sum(x.nbytes for x in self._kept.values()) + hidden.nbytes <= KEPT_BYTES_MAX:
-                self._kept[index] = hidden
-        return self._decoder.run(hidden, one.positions, groups, attend, start=boundary)
+        return attend
 
-    def _likelihoods(self, hidden: Tensor, one: Pass, tree: Tree) -> NDArray[np.float64]:
-        """Summed log-likelihood of each label behind each prompt, (B, L)."""
-        rows, nodes = len(one.rows), len(tree.tokens)
-        last = hidden[torch.arange(rows), one.lengths - 1].unsqueeze(1)  # (B, 1, H)
-        states = torch.cat((last, hidden[:, hidden.shape[1] - nodes :]), dim=1)  # (B, 1 + N, H): node n at n + 1
-        wanted = [(node + 1, token) for path in tree.paths for node, token in path]
-        at = torch.tensor([node for node, _ in wanted])
-        tokens = torch.tensor([token for _, token in wanted])
-        flat = states.reshape(rows * (1 + nodes), -1)
-        found = np.empty((rows, len(wanted)), dtype=np.float64)
-        rows_at_once = max(1, LOGIT_ROWS // (1 + nodes))
-        for first in range(0, rows, rows_at_once):
-            some = slice(first, min(rows, first + rows_at_once))
-            logits = self._decoder.logits(flat[some.start * (1 + nodes) : some.stop * (1 + nodes)])
-            normaliser = logits.logsumexp(dim=-1).view(-1, 1 + nodes)
-            logits = logits.view(len(normaliser), 1 + nodes, -1)
-            found[some] = (logits[:, at, tokens].double() - normaliser[:, at].double()).numpy()
-        ends = np.cumsum([len(path) for path in tree.paths])[:-1]
-        return np.stack([part.sum(axis=1) for part in np.split(found, ends, axis=1)], axis=1)
+
+def _everywhere(adapter: Resident | None) -> Groups:
+    return [] if adapter is None else [(None, adapter)]
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> Sequence[int]:
@@ -182,33 +502,16 @@ def _common(prompts: Sequence[Sequence[int]]) -> Sequence[int]:
     return prompts[0][: min(length, shortest)]
 
 
-def _passes(prompts: Sequence[Sequence[int]], common: int, tree: Tree) -> Iterator[Pass]:
+def _passes(prompts: Sequence[Sequence[int]], common: int) -> Iterator[tuple[int, ...]]:
     """Prompts by length, as many in one pass as PASS_TOKENS holds, at least one."""
-    nodes = len(tree.tokens)
-    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     rows: list[int] = []
-    for row in by_length:
-        if rows and (len(rows) + 1) * (len(prompts[row]) - common + nodes) > PASS_TOKENS:
-            yield _one_pass(prompts, rows, common, tree)
-            rows = []
+    tokens = 0
+    for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row])):
+        own = len(prompts[row]) - common
+        if rows and tokens + own > PASS_TOKENS:
+            yield tuple(rows)
+            rows, tokens = [], 0
         rows.append(row)
+        tokens += own
     if rows:
-        yield _one_pass(prompts, rows, common, tree)
-
-
-def _one_pass(prompts: Sequence[Sequence[int]], rows: Sequence[int], common: int, tree: Tree) -> Pass:
-    lengths = torch.tensor([len(prompts[row]) - common for row in rows])
-    width, nodes = int(lengths.max()), len(tree.tokens)
-    ids = torch.zeros(len(rows), width + nodes, dtype=torch.long)
-    ids[:, width:] = tree.tokens
-    for at, row in enumerate(rows):
-        ids[at, : lengths[at]] = torch.tensor(prompts[row][common:])
-    positions = torch.arange(common, common + width + nodes).repeat(len(rows), 1)
-    positions[:, width:] = common + lengths.unsqueeze(1) - 1 + tree.depth
-    mask = torch.zeros(len(rows), width + nodes, common + width + nodes, dtype=torch.bool)
-    mask[:, :, :common] = True
-    mask[:, :width, common : common + width] = torch.ones(width, width, dtype=torch.bool).tril()
-    own = torch.arange(width) < lengths.unsqueeze(1)  # (B, T)
-    mask[:, width:, common : common + width] = own.unsqueeze(1)
-    mask[:, width:, common + width :] = tree.sees
-    return Pass(tuple(rows), lengths, ids, positions, mask)
+        yield tuple(rows)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from evaluation.gateset import GateSet
     from evaluation.policy import GatePolicy
     from evaluation.private import PrivateScores
+    from evaluation.scorer import Role
     from evaluation.verdict import Evaluation
     from learner.base import Base
     from learner.plan import RoundPlan
@@ -74,7 +75,11 @@ def judge_with(
     everything: bool = False,
 ) -> Evaluation:
     """Run a stream's policy on an adapter; nothing is signed, and nothing but `private` charges anybody."""
+    from evaluation.cache import Cache
     from evaluation.gates import evaluate
+    from evaluation.together import for_policy
+    from learner.adapter import adapter_sha256
+    from serving.inprocess import code_sha256
     from serving.timing import timed
 
     if not facts.problem:
@@ -83,10 +88,17 @@ def judge_with(
     if live is not None:
         engine.load("live", live)
         folders["live"] = live
+    policy = gate_policy(service, stream)
+    names: dict[Role, str | None] = {"candidate": "candidate", "base": None}
+    sha256: dict[str | None, str] = {"candidate": facts.adapter_sha256, None: ""}
+    if live is not None:
+        names["live"], sha256["live"] = "live", adapter_sha256(live)
+    about = {"base": engine.base.sha256, "system": service.stream(stream).learner.system, "code": code_sha256()}
+    scorer = for_policy(policy, gate_set, engine, names, sha256, about=about, cache=Cache(service.workspace.asked))
     return evaluate(
         gate_set,
-        gate_policy(service, stream),
-        engine,
+        policy,
+        scorer,
         candidate="candidate",
         live="live" if live is not None else None,
         facts=facts,

@@ -58,6 +58,11 @@ class Workspace:
         return Path(os.environ.get("TIDEGATE_BASES", self.root / "base"))
 
     @property
+    def asked(self) -> Path:
+        """What models said to public gate sets, so that nobody is asked twice; may be deleted at any time."""
+        return self.root / "asked"
+
+    @property
     def serving(self) -> Path:
         """The server's cache: what it needs to start with the registry down."""
         return self.root / "serving"

@@ -32,7 +32,7 @@ class Unsure(Planted):
 def test_calibration_equals_its_definition_bin_by_bin(gate_set):
     subject = Subject("candidate", "candidate", Unsure(gate_set, {}), gate_set)
     one = find("calibration")(subject, {"bins": 10})
-    scores = subject.predictions.scores
+    scores = subject.likelihoods()
     likely = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
     sure = likely.max(axis=1)
     labels = list(gate_set.labels)
@@ -74,7 +74,7 @@ def test_perplexity_equals_one_record_after_the_other(engine, gate_set):
     subject = Subject("candidate", "candidate", made, gate_set)
     assert score(find("perplexity")(subject)).value == pytest.approx(expected, rel=1e-4)
     subject = Subject("candidate", "candidate", made, gate_set)
-    assert subject.predictions.scores is not None
+    assert subject.likelihoods().shape == (len(gate_set.records), len(gate_set.labels))
     assert score(find("perplexity")(subject)).value == pytest.approx(expected, rel=1e-4), "from scores that are there"
     base = Subject("base", None, made, gate_set)
     found = compare(find("perplexity")(subject), find("perplexity")(base), "lower")
