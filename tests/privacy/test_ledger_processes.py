@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from privacy import accounting
+from privacy import accounting, accounts
 from privacy.errors import BudgetExceeded, LedgerError
 from privacy.ledger import Charge, Ledger
 from privacy.policy import Policy
@@ -49,6 +49,52 @@ def test_racing_processes_never_overspend(ledger, url):
     assert ledger.share_used("b1") <= 1.0
     assert ledger.verify_chain() == won
     assert len(ledger.blocks("s")) == 3 + 18
+
+
+LAST = [f"last{number}" for number in range(4)]
+
+
+def _race_for_the_last(url, name, barrier, queue, *, early):
+    """Ask for each block's last round at the same moment; `early`: a learner that looks before it has the lock."""
+    ledger, won, honest = Ledger(url), [], accounts.shortfalls
+    for block in LAST:
+        seen = ledger.shortfalls([charge(block)]), 0
+        barrier.wait()
+        accounts.shortfalls = (lambda *_, seen=seen, **__: seen) if early else honest
+        try:
+            ledger.reserve("s", f"{name}-{block}", 1, PLAN, [charge(block)])
+            won.append(block)
+        except BudgetExceeded:
+            pass
+        accounts.shortfalls = honest
+    ledger.close()
+    queue.put(won)
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["as it is", "looking before the lock"])
+def test_of_two_learners_racing_for_the_last_of_a_budget_exactly_one_wins(ledger, url, early):
+    one = accounting.share_used(accounting.rdp(0.25, 2.2, 30, POLICY.orders), POLICY.caps)
+    for block in LAST:
+        ledger.register_block("s", block, POLICY.frozen(500))
+    for number in range(int(1 / one) - 1):
+        ledger.reserve("s", f"before-{number}", 1, PLAN, [charge(block) for block in LAST])
+    barrier, queue = SPAWN.Barrier(2), SPAWN.Queue()
+    racers = [
+        SPAWN.Process(target=_race_for_the_last, args=(url, f"p{i}", barrier, queue), kwargs={"early": early})
+        for i in range(2)
+    ]
+    for racer in racers:
+        racer.start()
+    winners = sorted(block for _ in racers for block in queue.get(timeout=120))
+    for racer in racers:
+        racer.join()
+    shares = [ledger.share_used(block) for block in LAST]
+    if early:
+        assert winners == sorted(2 * LAST), "the race is a real one: both saw room"
+        assert min(shares) > 1.0
+    else:
+        assert winners == LAST
+        assert max(shares) <= 1.0
 
 
 def _race_for_the_holdout(url, name, queue):
