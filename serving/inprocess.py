@@ -21,7 +21,7 @@ from hashlib import sha256
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import structlog
@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from learner.base import Base, load_tokenizer
 from learner.errors import LearnerError
 from learner.prompt import Renderer
+from serving.continuations import TokenRow, score
 from serving.decoding import Slots, choose
 from serving.engine import Finish, FinishReason, Piece, Sampling
 from serving.errors import EngineError, PromptTooLong, QueueFull, UnknownAdapter
@@ -286,6 +287,11 @@ class InProcessEngine:
 
     # Evaluation
 
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer, for texts that are not rendered as a conversation."""
+        return self._renderer.tokenizer
+
     def generate(self, adapter: str | None, prompts: Sequence[str], max_tokens: int) -> list[str]:
         """Greedy answers to user prompts, in their order. Not bounded by `queue_max`.
 
@@ -370,6 +376,46 @@ class InProcessEngine:
             if progress and labels and within >= 0:
                 progress(done // len(adapters), len(prompts))
         return said
+
+    def score_tokens(
+        self,
+        adapters: Sequence[str | None],
+        rows: Sequence[TokenRow],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Summed log-likelihood of continuations behind contexts, given as ids, under several adapters at once.
+
+        Args:
+            adapters: A resident adapters, None for the bare base.
+            rows: N pairs (context ids, continuation ids), neither empty. What all of them begin with is run once.
+            progress: told (rows done, rows in all), counted over all adapters.
+
+        Returns:
+            (A, N) log-likelihoods in float64, and (A, N) whether greedy decoding would say the continuation.
+
+        Raises:
+            PromptTooLong: a row is empty or does not fit into the context.
+        """
+        residents = [self._adapter(name) for name in adapters]
+        shape = (len(adapters), len(rows))
+        likelihoods, greedy = np.empty(shape, dtype=np.float64), np.empty(shape, dtype=np.bool_)
+        for context, continuation in rows:
+            if not context or not continuation or len(context) + len(continuation) > self.context_max + 1:
+                raise PromptTooLong(
+                    f"context tokens={len(context)}, continuation tokens={len(continuation)}: must be >= 1 each and "
+                    f"<= {self.context_max + 1} together; shorten the text"
+                )
+        if not likelihoods.size:
+            return likelihoods, greedy
+        passes = score(self._decoder, residents, rows)
+        done = 0
+        while (found := self._call(lambda: next(passes, None))) is not None:
+            likelihoods[found.adapter, list(found.rows)] = found.likelihoods
+            greedy[found.adapter, list(found.rows)] = found.greedy
+            done += len(found.rows)
+            if progress:
+                progress(done, likelihoods.size)
+        return likelihoods, greedy
 
     # Between threads
 
