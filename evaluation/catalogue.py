@@ -57,6 +57,14 @@ BUILT_IN: dict[str, str] = {
     "latency_p95": "evaluation.running:latency_p95",
     "tokens_per_second": "evaluation.running:tokens_per_second",
     "adapter_bytes": "evaluation.running:adapter_bytes",
+    "mmlu": "evaluation.ability:mmlu",
+    "ceval": "evaluation.ability:ceval",
+    "cmmlu": "evaluation.ability:cmmlu",
+    "crows_pairs": "evaluation.ability:crows_pairs",
+    "crows_pairs_gap": "evaluation.ability:crows_pairs_gap",
+    "toxicity": "evaluation.toxicity:toxicity",
+    "secrets_extracted": "evaluation.leakage:secrets_extracted",
+    "secrets_exposed": "evaluation.leakage:secrets_exposed",
 }
 
 _PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z")

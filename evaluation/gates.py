@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from evaluation.private import PrivateScores, gates_of
 from evaluation.private import not_measured as not_measured_privately
 from evaluation.scorer import Predictions, Role, Scorer, Subject, Timer, one_line
 from evaluation.slices import cut
+from evaluation.suite import Shared
 from evaluation.verdict import Evaluation, Figure, Gate, Outcome, Slice
 
 log = structlog.get_logger()
@@ -178,10 +179,16 @@ def evaluate(
         PolicyError: the policy asks for what does not exist; `check` says so before a round is spent.
     """
     rules = check(policy)
+    if live is None:
+        rules = tuple((_held_by_base(rule, metric, rules), metric) for rule, metric in rules)
+    named: dict[Role, str | None] = {"candidate": candidate, "live": live, "base": None}
+    in_suites = {role for rule, metric in rules if metric.cost == "suite" for role in _roles(rule)}
+    beside = tuple(name for role, name in named.items() if role in in_suites)
+    suites: dict[Hashable, Shared] = {}
 
     def subject(role: Role, adapter: str | None) -> Subject:
         folder = (folders or {}).get(adapter or "")
-        return Subject(role, adapter, scorer, gate_set, folder, root or Path(), timer)
+        return Subject(role, adapter, scorer, gate_set, folder, root or Path(), timer, beside, suites)
 
     subjects: dict[Role, Subject] = {"candidate": subject("candidate", candidate), "base": subject("base", None)}
     if live is not None:
@@ -192,6 +199,16 @@ def evaluate(
     run.holdout(private, live=live is not None)
     bench.progress(bench.total, bench.total, "done")
     return run.evaluation(gate_set)
+
+
+def _held_by_base(rule: Rule, metric: Metric, rules: Sequence[tuple[Rule, Metric]]) -> Rule:
+    """While nothing is live, a suite must hold what the base can do: it is no less in need of protection then."""
+    if metric.cost != "suite" or rule.against != "live" or rule.asks != "hold":
+        return rule
+    asked = [one for one, _ in rules if one.metric == rule.metric and one.options == rule.options]
+    if any(one.against == "base" and one.asks == "hold" for one in asked):
+        return rule  # it is asked already
+    return rule.model_copy(update={"against": "base", "must": rule.asks})
 
 
 def _total(rules: Sequence[tuple[Rule, Metric]], *, live: bool) -> int:

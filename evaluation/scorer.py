@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from evaluation.errors import NotMeasured
 from evaluation.gateset import GateRecord, GateSet
 from evaluation.metrics import Indices
+from evaluation.suite import Asked, Names, Shared
 
 # A broken engine's message may be a page: one line of it is enough to find the log.
 _MESSAGE_CHARS_MAX = 200
@@ -50,6 +51,35 @@ class Chooses(Protocol):
 
     def choose(self, adapter: str | None, prompts: Sequence[str], labels: Sequence[str]) -> NDArray[np.float64]:
         """As `score_labels`; a label that is surely less likely than the likeliest may have an upper bound."""
+        ...
+
+
+@runtime_checkable
+class ScoresTokens(TellsTokens, Protocol):
+    """An engine that also scores any continuation, given as ids, under several adapters in one pass."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer, for texts that are not rendered as a conversation."""
+        ...
+
+    @property
+    def context_max(self) -> int:
+        """Most tokens the model looks at."""
+        ...
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, ending where the assistant begins to speak."""
+        ...
+
+    def generate(self, adapter: str | None, prompts: Sequence[str], max_tokens: int) -> list[str]:
+        """Greedy answers, (N,)."""
+        ...
+
+    def score_tokens(
+        self, adapters: Names, rows: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """(A, N) log-likelihoods of continuations behind contexts, and whether greedy decoding would say them."""
         ...
 
 
@@ -98,6 +128,8 @@ class Subject:
         adapter_dir: where its files are; None for the base.
         root: the workspace, from which relative paths in options are read.
         timer: asks the engine that will serve and takes the time; None where none can be asked.
+        beside: adapters a suite is asked of in the same pass, because it will be asked for them too.
+        suites: what was asked of all models of an evaluation at once; shared between them.
     """
 
     role: Role
@@ -107,6 +139,8 @@ class Subject:
     adapter_dir: Path | None = None
     root: Path = field(default_factory=Path)
     timer: Timer | None = None
+    beside: Names = ()
+    suites: dict[Hashable, Shared] = field(default_factory=dict, repr=False)
     _predictions: Predictions | None = field(default=None, init=False, repr=False)
     _likelihoods: NDArray[np.float64] | None = field(default=None, init=False, repr=False)
     _answers: dict[tuple[str, int], str] = field(default_factory=dict, init=False, repr=False)
@@ -231,6 +265,17 @@ class Subject:
                 raise NotMeasured(f"no time of {self.named}: {len(found)} answers to {len(asked)} prompts")
             self._timed[key] = found
         return self._timed[key]
+
+    def together(self, key: Hashable, ask: Callable[[Names, int | None], Asked], beside: Names | None = None) -> Asked:
+        """What came of asking a suite of this model, and in the same pass of those beside it.
+
+        Args:
+            key: the suite, with everything that decides what is asked.
+            ask: asks these models; with a number: exactly so many of the items, whatever the time.
+            beside: other models; None: this one's `beside`.
+        """
+        shared = self.suites.setdefault(key, Shared(ask))
+        return shared.of(self.adapter, self.beside if beside is None else beside)
 
     @property
     def named(self) -> str:

@@ -13,6 +13,11 @@ from tidegate.errors import WorkspaceError
 
 # The checkout's own params.yaml and dvc.yaml are the templates of a workspace's.
 CHECKOUT = Path(__file__).resolve().parent.parent
+# What the gates of the template read, and where a workspace has it.
+_GATE_FILES = {
+    "support-desk-gates.jsonl": "support-desk.jsonl",
+    "toxicity-prompts.jsonl": "toxicity-prompts.jsonl",
+}
 ENV_WORKSPACE = "TIDEGATE_WORKSPACE"
 
 
@@ -143,9 +148,9 @@ def lay_out(root: Path) -> list[str]:
             (root / private).chmod(0o700)
         if _copy_once(CHECKOUT / "params.yaml", workspace.params):
             made.append("params.yaml")
-        gates = root / "gates" / "support-desk.jsonl"
-        if _copy_once(CHECKOUT / "examples" / "support-desk-gates.jsonl", gates):
-            made.append("gates/support-desk.jsonl")
+        for source, name in _GATE_FILES.items():
+            if _copy_once(CHECKOUT / "examples" / source, root / "gates" / name):
+                made.append(f"gates/{name}")
     except OSError as error:
         raise WorkspaceError(f"init {root}: {error.strerror}: {error.filename}") from None
     return made

@@ -50,7 +50,7 @@ def random_rows(seed, count, *, beginning=0, longest=60):
 
 @pytest.mark.parametrize("beginning", [0, 40])
 def test_likelihoods_equal_one_by_one(engine, oracle, beginning):
-    rows = random_rows(beginning, 50, beginning=beginning)
+    rows = random_rows(beginning, 18, beginning=beginning, longest=40)
     likelihoods, greedy = engine.score_tokens(NAMES, rows)
     for at, name in enumerate(NAMES):
         expected, said = one_by_one(oracle[name], rows)
@@ -70,7 +70,7 @@ def test_what_greedy_decoding_says_is_known_to_be_greedy(engine, oracle):
 
 
 def test_company_changes_nothing(engine):
-    rows = random_rows(3, 30, beginning=10)
+    rows = random_rows(3, 16, beginning=10)
     together, _ = engine.score_tokens(NAMES, rows)
     alone = np.concatenate([engine.score_tokens([name], rows)[0] for name in NAMES])
     np.testing.assert_allclose(together, alone, atol=1e-5, rtol=0)
@@ -94,8 +94,8 @@ def test_rows_that_do_not_fit_are_refused(engine):
 
 def test_progress_is_told(engine):
     told = []
-    engine.score_tokens([None, "all"], random_rows(4, 40), progress=lambda *a: told.append(a))
-    assert told[-1] == (80, 80)
+    engine.score_tokens([None, "all"], random_rows(4, 12), progress=lambda *a: told.append(a))
+    assert told[-1] == (24, 24)
 
 
 def test_an_adapter_that_is_not_finite_shows(tiny, adapters):
