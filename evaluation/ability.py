@@ -12,7 +12,7 @@ from typing import Any
 from evaluation.catalogue import Metric, metric
 from evaluation.errors import NotMeasured
 from evaluation.measurement import Measurement
-from evaluation.scorer import ScoresTokens, Subject
+from evaluation.scorer import Subject, by_tokens
 from evaluation.suite import Asked, Names
 
 _VERSION = "lm-eval/1"
@@ -24,14 +24,12 @@ def _asked(subject: Subject, suite: str, options: Mapping[str, Any]) -> Asked:
         from evaluation import harness
     except ImportError as error:
         raise NotMeasured(f"{suite}: {error.name} is not installed; `pip install 'tidegate[harness]'`") from error
-    scorer = subject.scorer
-    if not isinstance(scorer, ScoresTokens):
-        raise NotMeasured(f"{suite}: this engine does not score token ids")
+    engine = by_tokens(subject.scorer)
     data = subject.root / str(options["data"]) if options["data"] else None
 
     def ask(names: Names, items: int | None) -> Asked:
         return harness.ask(
-            scorer,
+            engine,
             names,
             suite,
             data=data,

@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from evaluation.catalogue import metric
 from evaluation.errors import NotMeasured
 from evaluation.measurement import Measurement, Rows, Weights
-from evaluation.scorer import ScoresTokens, Subject
+from evaluation.scorer import ScoresTokens, Subject, by_tokens
 from evaluation.suite import Asked, Names, left_out, nested, within
 
 # A secret of fewer forms could be guessed.
@@ -207,16 +207,14 @@ def fisher(weights: Weights, rows: Rows) -> NDArray[np.float64]:
 
 
 def _asked(subject: Subject, options: Mapping[str, Any]) -> Asked:
-    scorer = subject.scorer
-    if not isinstance(scorer, ScoresTokens):
-        raise NotMeasured("leakage: this engine does not score token ids")
+    engine = by_tokens(subject.scorer)
 
     def asking(names: Names, items: int | None) -> Asked:
         if not options["secrets"]:
             raise NotMeasured("leakage: no file of planted secrets is declared; see options.secrets")
         secrets, digest = load_secrets(subject.root / str(options["secrets"]))
         return ask(
-            scorer,
+            engine,
             names,
             secrets,
             alternatives=int(options["alternatives"]),

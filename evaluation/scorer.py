@@ -83,6 +83,20 @@ class ScoresTokens(TellsTokens, Protocol):
         ...
 
 
+def by_tokens(scorer: Scorer) -> ScoresTokens:
+    """The engine itself, also where it is asked through a scorer that keeps answers (`evaluation.together`).
+
+    What is asked of it directly is kept nowhere, as befits planted secrets.
+
+    Raises:
+        NotMeasured: it does not score token ids.
+    """
+    engine = getattr(scorer, "engine", scorer)
+    if not isinstance(engine, ScoresTokens):
+        raise NotMeasured("this engine does not score token ids")
+    return engine
+
+
 @dataclass(frozen=True)
 class Timed:
     """One answer and what it took.

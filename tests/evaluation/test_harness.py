@@ -12,6 +12,7 @@ from evaluation.errors import NotMeasured
 from evaluation.gates import evaluate
 from evaluation.metrics import paired
 from evaluation.policy import GatePolicy, Rule
+from evaluation.together import Together
 from learner.base import EMBEDDED, prepare_base
 from serving.inprocess import InProcessEngine
 from tests.evaluation import alone
@@ -227,8 +228,10 @@ def test_models_are_compared_item_by_item(models):
     assert pair.gain.value == pytest.approx(ours.mean() - theirs.mean())
 
 
-def test_gates_hold_a_benchmark_against_live_or_the_base_and_say_on_how_many_items(models, tmp_path):
+@pytest.mark.parametrize("through", ["the engine", "a scorer that keeps answers"])
+def test_gates_hold_a_benchmark_against_live_or_the_base_and_say_on_how_many_items(models, tmp_path, through):
     engine, _ = models
+    scorer = engine if through == "the engine" else Together(engine, {"a": "a" * 64, None: ""})
     gate_set = write_gate_set(tmp_path / "gates.jsonl", per_domain=2)
     options = {"data": str(data("cmmlu")), "shots": 0, "seconds": 0.001}
     rules = (
@@ -237,7 +240,7 @@ def test_gates_hold_a_benchmark_against_live_or_the_base_and_say_on_how_many_ite
     )
 
     def judged(candidate, live):
-        found = evaluate(gate_set, GatePolicy(rules), engine, candidate=candidate, live=live, facts=FACTS)
+        found = evaluate(gate_set, GatePolicy(rules), scorer, candidate=candidate, live=live, facts=FACTS)
         return found, {gate.name: gate for gate in found.gates}
 
     found, gates = judged("a", "a")
