@@ -9,7 +9,12 @@ positions produce is neither read nor differentiated: no padding mask is needed.
 
 from __future__ import annotations
 
+import mmap
+import os
+import tempfile
 from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +23,14 @@ from torch import Tensor
 from learner.errors import RoundError
 
 _BYTES_PER_NUMBER = 4
+
+
+@dataclass(frozen=True)
+class Spill:
+    """Where prefixes go that memory has no room for: a folder as private as the records, and how much it may take."""
+
+    folder: Path
+    bytes_max: int
 
 
 class SplitModel:
@@ -115,6 +128,7 @@ class PrefixCache:
         model: the split model.
         examples: token ids per record.
         bytes_max: memory the cache may take.
+        spill: takes what is beyond, in a file that has no name, so that it is gone with the process, however that ends.
         shared: prefixes by token ids, kept over several rounds of one base and one lowest layer by the caller, who
             also bounds them. As private as the records.
     """
@@ -125,8 +139,11 @@ class PrefixCache:
         examples: Sequence[Sequence[int]],
         bytes_max: int,
         shared: MutableMapping[tuple[int, ...], Tensor] | None = None,
+        spill: Spill | None = None,
     ) -> None:
         self._shared = shared
+        self._spill = spill
+        self._spilt: Tensor | None = None  # the free rest of the file, a flat view
         self._model = model
         self._examples = examples
         self._bytes_left = bytes_max
@@ -152,18 +169,31 @@ class PrefixCache:
             self._keep(batch)
 
     def _keep(self, batch: Sequence[int]) -> None:
-        if self._bytes_left <= 0:
+        if self._bytes_left <= 0 and self._spill is None:
             return
         hidden = self._model.lower(padded([self._examples[i] for i in batch]))
         for row, index in enumerate(batch):
-            kept = hidden[row, : len(self._examples[index])].clone()
+            prefix = hidden[row, : len(self._examples[index])]
             if self._shared is not None:
-                self._shared[tuple(self._examples[index])] = kept
+                self._shared[tuple(self._examples[index])] = prefix.clone()
                 continue
-            self._bytes_left -= kept.numel() * _BYTES_PER_NUMBER
-            if self._bytes_left < 0:
+            self._bytes_left -= prefix.numel() * _BYTES_PER_NUMBER
+            if self._bytes_left >= 0:
+                self._kept[index] = prefix.clone()
+            elif self._spill is None or not self._write(index, prefix):
+                self._spill = None
                 return
-            self._kept[index] = kept
+
+    def _write(self, index: int, prefix: Tensor) -> bool:
+        """Whether the file had room for it. As memory is short from here on, what follows goes to the file too."""
+        self._bytes_left = -1
+        if self._spilt is None and self._spill:
+            self._spilt = _nameless_file(self._spill)
+        if self._spilt is None or len(self._spilt) < prefix.numel():
+            return False
+        self._kept[index] = self._spilt[: prefix.numel()].view(prefix.shape).copy_(prefix)
+        self._spilt = self._spilt[prefix.numel() :]
+        return True
 
     def hidden(self, indices: Sequence[int]) -> Tensor:
         """(B, T, H) for these records, padded on the right."""
@@ -176,6 +206,22 @@ class PrefixCache:
         if self._shared is None:
             return self._kept.get(index)
         return self._shared.get(tuple(self._examples[index]))
+
+
+def _nameless_file(spill: Spill) -> Tensor | None:
+    """A flat tensor over a new file of mode 0600 that is in no folder; None when the disk has no room for it.
+
+    The room is taken at once: a full disk would otherwise end the process where it writes to the mapped memory.
+    """
+    size = spill.bytes_max // mmap.PAGESIZE * mmap.PAGESIZE
+    if not size:
+        return None
+    with tempfile.TemporaryFile(dir=spill.folder) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError:
+            return None
+        return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.float32)
 
 
 def padded(examples: Sequence[Sequence[int]]) -> Tensor:

@@ -26,7 +26,7 @@ from learner.errors import AdapterError, ResumeRefused, RoundError
 from learner.lora import LoraModel
 from learner.optimiser import FlatAdamW, layer_rates
 from learner.plan import code_sha256
-from learner.prefix import PrefixCache, SplitModel
+from learner.prefix import PrefixCache, Spill, SplitModel
 from learner.prompt import Renderer
 from learner.sampling import Unit, draw, gather
 from learner.step import Example, Limits, Mechanism, PrivateStep
@@ -58,6 +58,8 @@ class Speed:
         rows_max: examples in a physical batch, where the buffer allows it.
         buffer_bytes_max: memory of the per-sample gradients.
         prefix_bytes_max: memory of the prefix cache.
+        prefix_disk_bytes_max: disk it may take besides, in the checkpoint's folder, all at once when memory is full.
+            What fits neither is computed in every step.
         prefixes: prefixes kept over several rounds, see learner.prefix; None: the round keeps its own.
     """
 
@@ -67,6 +69,7 @@ class Speed:
     rows_max: int = 64
     buffer_bytes_max: int = 512 << 20
     prefix_bytes_max: int = 2 << 30
+    prefix_disk_bytes_max: int = 0
     prefixes: MutableMapping[tuple[int, ...], torch.Tensor] | None = None
 
 
@@ -148,7 +151,7 @@ def run_round(
         # Before the key is used, also when no step is done: from here on other data is another attempt. And somebody
         # waits: filling the prefix cache takes about as long as ten steps.
         keep()
-        step = _private_step(plan, lora, examples, units, streams, speed, own.mask if own else None)
+        step = _private_step(plan, lora, examples, units, streams, speed, checkpoint_dir, own.mask if own else None)
         while done < plan.steps and not stopper.ended:
             optimiser.step(step.gradient(streams[done]), done)
             if own:
@@ -264,11 +267,13 @@ def _private_step(
     units: Sequence[Unit],
     streams: Sequence[KeyedStream],
     speed: Speed,
+    folder: Path,
     mask: torch.Tensor | None,
 ) -> PrivateStep:
     """The step, with the prefixes of every record that any step will draw computed already."""
     halves = SplitModel(lora.model, lora.layers[0])
-    cache = PrefixCache(halves, [example.ids for example in examples], speed.prefix_bytes_max, speed.prefixes)
+    spill = Spill(folder, speed.prefix_disk_bytes_max) if speed.prefix_disk_bytes_max else None
+    cache = PrefixCache(halves, [example.ids for example in examples], speed.prefix_bytes_max, speed.prefixes, spill)
     drawn = {unit for stream in streams for unit in draw(units, stream)}
     cache.fill([index for unit in drawn for index in units[unit].examples], speed.tokens_max)
     mechanism = Mechanism(plan.clip_norm, plan.sigma, plan.expected_batch)

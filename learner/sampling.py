@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from learner.plan import BlockRate
     from privacy.randomness import KeyedStream
 
+# What a physical batch costs besides its tokens, in tokens: the weights of the model go through the caches once more.
+BATCH_TOKENS = 32
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -71,23 +74,30 @@ def split(
 ) -> list[PhysicalBatch]:
     """Cut a draw into batches of units of like length, each at most `tokens_max` padded tokens and `rows_max` examples.
 
-    A unit that is larger than that stands alone in its batch, whole: its gradient is clipped once.
+    Of all ways to cut the draw, sorted by length, the one with the fewest padded tokens, counting BATCH_TOKENS for
+    each batch. A unit that is larger than the bounds stands alone in its batch, whole: its gradient is clipped once.
     """
-    by_length = sorted(drawn, key=lambda u: (max(lengths[i] for i in units[u].examples), u))
+    longest = {u: max(lengths[i] for i in units[u].examples) for u in drawn}
+    order = sorted(drawn, key=lambda u: (longest[u], u))
+    cheapest, begins = [0], [0]  # of the first n units: their tokens, and where the last batch begins
+    for stop in range(1, len(order) + 1):
+        length, rows, best = longest[order[stop - 1]], 0, -1
+        begin = stop - 1
+        for first in range(stop - 1, -1, -1):
+            rows += len(units[order[first]].examples)
+            if first < stop - 1 and (rows > rows_max or rows * length > tokens_max):
+                break
+            tokens = cheapest[first] + rows * length + BATCH_TOKENS
+            if best < 0 or tokens < best:
+                best, begin = tokens, first
+        cheapest.append(best)
+        begins.append(begin)
     batches: list[PhysicalBatch] = []
-    current: list[int] = []
-    rows = longest = 0
-    for index in by_length:
-        size = len(units[index].examples)
-        length = max(lengths[i] for i in units[index].examples)
-        if current and (rows + size > rows_max or (rows + size) * max(longest, length) > tokens_max):
-            batches.append(_batch(current, units))
-            current, rows, longest = [], 0, 0
-        current.append(index)
-        rows, longest = rows + size, max(longest, length)
-    if current:
-        batches.append(_batch(current, units))
-    return batches
+    stop = len(order)
+    while stop:
+        batches.append(_batch(order[begins[stop] : stop], units))
+        stop = begins[stop]
+    return batches[::-1]
 
 
 def _batch(current: Sequence[int], units: Sequence[Unit]) -> PhysicalBatch:

@@ -1,9 +1,11 @@
+import itertools
 import math
 
 import numpy as np
+import pytest
 
 from learner.plan import BlockRate
-from learner.sampling import Unit, draw, gather, split
+from learner.sampling import BATCH_TOKENS, Unit, draw, gather, split
 from tests.learner.rounds import records, stream
 
 BLOCKS = (BlockRate(id="b1", q=0.4), BlockRate(id="b2", q=0.1))
@@ -66,3 +68,21 @@ def test_a_split_keeps_every_drawn_unit_once_and_within_its_limits():
         if len(batch.units) > 1:
             assert len(batch.examples) <= 8
             assert len(batch.examples) * max(lengths[i] for i in batch.examples) <= 256
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_split_wastes_the_fewest_tokens_of_all_cuts_of_the_sorted_draw(seed):
+    rng = np.random.default_rng(seed)
+    lengths = [int(n) for n in rng.integers(3, 300, size=9)]
+    units = [Unit(0.5, (i,)) for i in range(9)]
+    ordered = sorted(lengths)
+
+    def tokens(bounds):
+        parts = [ordered[a:b] for a, b in itertools.pairwise((0, *bounds, 9))]
+        if any(len(part) > 4 or (len(part) > 1 and len(part) * part[-1] > 700) for part in parts):
+            return math.inf
+        return sum(len(part) * part[-1] + BATCH_TOKENS for part in parts)
+
+    best = min(tokens(bounds) for n in range(9) for bounds in itertools.combinations(range(1, 9), n))
+    batches = split(range(9), units, lengths, tokens_max=700, rows_max=4)
+    assert sum(len(b.units) * max(lengths[i] for i in b.examples) + BATCH_TOKENS for b in batches) == best
