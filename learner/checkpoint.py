@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from learner.errors import ResumeRefused
+from learner.precision import Precision
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,13 +25,14 @@ _TENSORS = ("theta", "first", "second")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A round after `step` steps: weights, AdamW's moments, and the thread count its arithmetic depends on.
+    """A round after `step` steps: weights, AdamW's moments, and the threads and precision its arithmetic depends on.
 
     With early stopping also what was seen so far (`stopping`, its own JSON) and the weights that scored best.
     """
 
     step: int
     threads: int
+    precision: Precision
     theta: Tensor
     first: Tensor
     second: Tensor
@@ -44,6 +46,7 @@ def save(folder: Path, checkpoint: Checkpoint, context: Mapping[str, str]) -> No
 
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     numbers = {"step": str(checkpoint.step), "threads": str(checkpoint.threads), "stopping": checkpoint.stopping}
+    numbers["precision"] = checkpoint.precision
     tensors = {name: getattr(checkpoint, name) for name in _TENSORS}
     if checkpoint.best is not None:
         tensors["best"] = checkpoint.best
@@ -78,14 +81,16 @@ def load(folder: Path, context: Mapping[str, str]) -> Checkpoint | None:
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
             best = file.get_tensor("best") if "best" in file.keys() else None  # noqa: SIM118 - no mapping
         step, threads = int(metadata["step"]), int(metadata["threads"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        precision = next(name for name in get_args(Precision) if name == metadata["precision"])
+    except (SafetensorError, OSError, KeyError, ValueError, StopIteration) as error:
         raise ResumeRefused(
             f"checkpoint {path}: cannot be read ({error!r}); remove it to redo the round from its first step"
         ) from error
     for name, value in _prefixed(context).items():
         if metadata.get(name) != value:
             raise ResumeRefused(f"checkpoint {path}: {name}={metadata.get(name)}, must be {value}; start a new attempt")
-    return Checkpoint(step=step, threads=threads, best=best, stopping=metadata.get("stopping", ""), **tensors)
+    stopping = metadata.get("stopping", "")
+    return Checkpoint(step=step, threads=threads, precision=precision, best=best, stopping=stopping, **tensors)
 
 
 def discard(folder: Path) -> None:

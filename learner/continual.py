@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from learner.lora import Slot
+    from learner.layout import Slot
 
 
 @dataclass(frozen=True)

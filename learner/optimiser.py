@@ -14,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from learner.lora import Slot
+    from learner.layout import Slot
     from learner.plan import OptimiserSettings
 
 EPSILON = 1e-8  # torch's and Adam's own default

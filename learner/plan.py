@@ -6,7 +6,6 @@ accepted, or any content: the plan is public and is hashed into the ledger, the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,10 +13,18 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-from learner.adapter import BLOCK_PART
 from learner.errors import PlanError
+from learner.layout import BLOCK_PART, DORA_REFUSED, HEAD, check_settings, chosen, scaling
 from privacy.accounting import calibrate, rdp, share_used
 from privacy.canonical import sha256_of
 
@@ -27,6 +34,8 @@ if TYPE_CHECKING:
 ALL_TARGETS = tuple(BLOCK_PART)
 # More noise than this leaves nothing of a gradient: a block that asks for it has no budget left worth a round.
 SIGMA_MAX = 20.0
+# Fields of LoraSettings that plans made before did not have.
+_LATER = {"rank_pattern", "alpha_pattern", "bottleneck", "bottleneck_places", "nonlinearity"}
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -35,34 +44,80 @@ class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class LoraSettings(_Value):
-    """peft's LoRA settings. `layers`: a number counts from the top (0, or too many: all); a tuple names them."""
+def _pairs(value: Any) -> Any:
+    """A mapping as pairs: their order decides which pattern is looked at first, and canonical JSON sorts mappings."""
+    return tuple(value.items()) if isinstance(value, Mapping) else value
 
-    r: Annotated[int, Field(ge=1, le=512)] = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+
+Rank = Annotated[int, Field(ge=1, le=512)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class LoraSettings(_Value):
+    """What is trained. `layers`: a number counts from the top (0, or too many: all); a tuple names them.
+
+    Attributes:
+        targets: linear layers, among `learner.layout.TARGETS`; the vocabulary projection belongs to no layer.
+        rank_pattern, alpha_pattern: (pattern, value) pairs as peft takes them, the first that fits counts.
+        bottleneck: width of the bottleneck adapters that are trained along; 0: none.
+        bottleneck_places: behind which sublayers of the adapted layers they stand.
+    """
+
+    r: Rank = 16
+    alpha: Positive = 32.0
     dropout: Share = 0.0
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ALL_TARGETS
     layers: Annotated[int, Field(ge=0)] | Annotated[tuple[int, ...], Field(min_length=1)] = 6
     rslora: bool = False
+    rank_pattern: Annotated[tuple[tuple[str, Rank], ...], BeforeValidator(_pairs)] = ()
+    alpha_pattern: Annotated[tuple[tuple[str, Positive], ...], BeforeValidator(_pairs)] = ()
+    bottleneck: Annotated[int, Field(ge=0, le=4096)] = 0
+    bottleneck_places: Annotated[tuple[str, ...], Field(min_length=1)] = ("mlp",)
+    nonlinearity: Literal["relu", "gelu", "silu"] = "relu"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_dora(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("use_dora"):
+            raise ValueError(DORA_REFUSED)
+        return values
 
     @model_validator(mode="after")
-    def _known_targets(self) -> Self:
-        unknown = sorted(set(self.targets) - set(ALL_TARGETS))
-        if unknown:
-            raise ValueError(f"lora.targets={','.join(unknown)}: must be among {','.join(ALL_TARGETS)}")
+    def _usable(self) -> Self:
+        check_settings(self.targets, self.rank_pattern, self.alpha_pattern, self.bottleneck_places)
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Fields that came later are left out at their defaults, so that plans written before keep their hash."""
+        values: dict[str, Any] = handler(self)
+        fields = type(self).model_fields
+        return {k: v for k, v in values.items() if k not in _LATER or getattr(self, k) != fields[k].default}
 
     @property
     def scale(self) -> float:
-        """What B A x is multiplied by: alpha / r, or alpha / sqrt(r) (Kalajdzievski 2023)."""
-        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+        """What B A x is multiplied by where no pattern says otherwise."""
+        return scaling(self.alpha, self.r, rslora=self.rslora)
+
+    def rank_of(self, module: str) -> int:
+        """The rank of a module, such as "model.layers.3.mlp.up_proj"."""
+        return chosen(self.rank_pattern, module, self.r)
+
+    def scale_of(self, module: str) -> float:
+        """What its B A x is multiplied by."""
+        return scaling(chosen(self.alpha_pattern, module, self.alpha), self.rank_of(module), rslora=self.rslora)
 
     def layer_indices(self, total: int) -> tuple[int, ...]:
-        """Indices of the adapted layers in a model of `total` layers, ascending."""
+        """Indices of the layers `layers` means in a model of `total`, ascending."""
         if isinstance(self.layers, tuple):
             return tuple(sorted(set(self.layers)))
         count = min(self.layers or total, total)
         return tuple(range(total - count, total))
+
+    def block_layers(self, total: int) -> tuple[int, ...]:
+        """The adapted ones: none where the vocabulary projection is all that is trained."""
+        within = self.bottleneck or set(self.targets) - {HEAD}
+        return self.layer_indices(total) if within else ()
 
 
 class OptimiserSettings(_Value):

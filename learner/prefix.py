@@ -1,7 +1,7 @@
 """The two halves of a base model: what lies below the lowest adapted layer, and the rest.
 
 Autograd stops at the lowest adapted layer, so the activations entering it are constants of a record: computed once a
-round and kept, they spare every later step the lower layers. The cache holds fp32 as computed, so it changes nothing.
+round and kept, they spare every later step the lower layers. The cache holds them as computed, in their precision, so it changes nothing.
 
 Sequences are padded on the right. Under causal attention a real token then never sees a padded one, and what padded
 positions produce is neither read nor differentiated: no padding mask is needed.
@@ -12,17 +12,20 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from learner.errors import RoundError
 
-_BYTES_PER_NUMBER = 4
+Recompute = Literal["none", "reentrant", "non-reentrant"]
+"""What backward does about a layer's activations: keep them, or run the layer again (Chen et al. 2016)."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,16 @@ class Spill:
 class SplitModel:
     """Runs a `Qwen2ForCausalLM` in two parts, split below layer `lowest`.
 
+    Args:
+        model: the model, with what is trained injected.
+        lowest: the first layer of the upper part.
+        recompute: both kinds of running a layer again give the very same gradients, for a third more time.
+
     Raises:
         RoundError: the model's attention is not plain causal sdpa (its mask would be left out silently).
     """
 
-    def __init__(self, model: Any, lowest: int) -> None:
+    def __init__(self, model: Any, lowest: int, recompute: Recompute = "none") -> None:
         attention = model.config._attn_implementation  # noqa: SLF001 - transformers has no public name for it
         kinds = set(model.config.layer_types)
         if attention != "sdpa" or kinds != {"full_attention"}:
@@ -51,6 +59,9 @@ class SplitModel:
         self._decoder = model.model
         self._head = model.lm_head.weight  # (V, H)
         self._lowest = lowest
+        self._recompute = recompute
+        # The reentrant kind looks at its arguments alone: where none asks for a gradient, it trains nothing below.
+        self._anchor = torch.zeros(0, requires_grad=True)
 
     def lower(self, ids: Tensor) -> Tensor:
         """(B, T) token ids to (B, T, H), the input of the lowest adapted layer."""
@@ -65,7 +76,8 @@ class SplitModel:
         keys and values come from every position, its queries and its MLP from the C wanted ones.
         """
         layers = self._decoder.layers
-        return self._run_last(self._run(hidden, layers[self._lowest : -1]), layers[-1], positions)
+        below = self._run(hidden, layers[self._lowest : -1])
+        return self._again(partial(self._run_last, layer=layers[-1], positions=positions), below)
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The final norm, on any (..., H)."""
@@ -83,8 +95,23 @@ class SplitModel:
         rotary = self._decoder.rotary_emb(hidden, positions)
         for layer in layers:
             # sdpa without a mask is causal (transformers: is_causal)
-            hidden = layer(hidden, attention_mask=None, position_embeddings=rotary, position_ids=positions)
+            run = partial(layer, attention_mask=None, position_embeddings=rotary, position_ids=positions)
+            hidden = self._again(run, hidden)
         return hidden
+
+    def _again(self, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """run(hidden); backward runs it again instead of keeping what is in between, where that is wanted."""
+        if self._recompute == "none" or not torch.is_grad_enabled():
+            return run(hidden)
+        # Dropout masks come from their own seeds: there is no state of a generator to restore.
+        out: Tensor = checkpoint(
+            lambda x, _anchor: run(x),
+            hidden,
+            self._anchor,
+            use_reentrant=self._recompute == "reentrant",
+            preserve_rng_state=False,
+        )
+        return out
 
     def _run_last(self, hidden: Tensor, layer: Any, positions: Tensor) -> Tensor:
         """Qwen2's decoder layer with queries at `positions` (B, C) only; (B, C, H)."""
@@ -129,8 +156,8 @@ class PrefixCache:
         examples: token ids per record.
         bytes_max: memory the cache may take.
         spill: takes what is beyond, in a file that has no name, so that it is gone with the process, however that ends.
-        shared: prefixes by token ids, kept over several rounds of one base and one lowest layer by the caller, who
-            also bounds them. As private as the records.
+        shared: prefixes by token ids, kept over several rounds of one base, one lowest layer and one precision by the
+            caller, who also bounds them. As private as the records.
     """
 
     def __init__(
@@ -177,7 +204,7 @@ class PrefixCache:
             if self._shared is not None:
                 self._shared[tuple(self._examples[index])] = prefix.clone()
                 continue
-            self._bytes_left -= prefix.numel() * _BYTES_PER_NUMBER
+            self._bytes_left -= prefix.nbytes
             if self._bytes_left >= 0:
                 self._kept[index] = prefix.clone()
             elif self._spill is None or not self._write(index, prefix):
@@ -188,7 +215,7 @@ class PrefixCache:
         """Whether the file had room for it. As memory is short from here on, what follows goes to the file too."""
         self._bytes_left = -1
         if self._spilt is None and self._spill:
-            self._spilt = _nameless_file(self._spill)
+            self._spilt = _nameless_file(self._spill, prefix.dtype)
         if self._spilt is None or len(self._spilt) < prefix.numel():
             return False
         self._kept[index] = self._spilt[: prefix.numel()].view(prefix.shape).copy_(prefix)
@@ -208,7 +235,7 @@ class PrefixCache:
         return self._shared.get(tuple(self._examples[index]))
 
 
-def _nameless_file(spill: Spill) -> Tensor | None:
+def _nameless_file(spill: Spill, dtype: torch.dtype) -> Tensor | None:
     """A flat tensor over a new file of mode 0600 that is in no folder; None when the disk has no room for it.
 
     The room is taken at once: a full disk would otherwise end the process where it writes to the mapped memory.
@@ -221,7 +248,7 @@ def _nameless_file(spill: Spill) -> Tensor | None:
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError:
             return None
-        return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.float32)
+        return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype)
 
 
 def padded(examples: Sequence[Sequence[int]]) -> Tensor:

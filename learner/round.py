@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import structlog
 import torch
+from torch import Tensor
 
 from learner.adapter import read_adapter, write_adapter
 from learner.base import load_model, load_tokenizer
@@ -23,10 +24,12 @@ from learner.checkpoint import FILE, Checkpoint, load, save
 from learner.continual import averaged, subspace
 from learner.crosscheck import check_charges
 from learner.errors import AdapterError, ResumeRefused, RoundError
+from learner.layout import module_name
 from learner.lora import LoraModel
 from learner.optimiser import FlatAdamW, layer_rates
 from learner.plan import code_sha256
-from learner.prefix import PrefixCache, Spill, SplitModel
+from learner.precision import DTYPES, Precision, fastest, probe
+from learner.prefix import PrefixCache, Recompute, Spill, SplitModel
 from learner.prompt import Renderer
 from learner.sampling import Unit, draw, gather
 from learner.step import Example, Limits, Mechanism, PrivateStep
@@ -53,6 +56,9 @@ class Speed:
 
     Attributes:
         threads: CPU threads; None keeps torch's. A resumed round uses those it began with.
+        precision: of the frozen layers. "auto" takes what a probe of this machine speaks for, or fp32 under test noise,
+            whose purpose is to repeat bit for bit elsewhere. A resumed round uses what it began with.
+        recompute: whether backward runs layers again instead of keeping their activations.
         checkpoint_steps: a crash repeats at most this many steps.
         tokens_max: padded tokens in a physical batch. 2048 of them fill both cores and stay near the caches.
         rows_max: examples in a physical batch, where the buffer allows it.
@@ -64,6 +70,8 @@ class Speed:
     """
 
     threads: int | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    recompute: Recompute = "none"
     checkpoint_steps: int = 5
     tokens_max: int = 2048
     rows_max: int = 64
@@ -130,7 +138,8 @@ def run_round(
     with _threads(found.threads if found else speed.threads or torch.get_num_threads()) as threads:
         renderer = Renderer(load_tokenizer(base), system)
         examples = _examples(plan, renderer, gathered, max_tokens)
-        lora = _start(plan, base, parent_dir, speed)
+        precision = found.precision if found else _precision(speed.precision, plan)
+        lora = _start(plan, base, parent_dir, speed, precision)
         begin = lora.theta.clone()
         kept = plan.continual
         own = subspace(lora.slots, begin, plan.lora.r, kept.rank_groups) if kept.method == "orthogonal" else None
@@ -143,7 +152,7 @@ def run_round(
         def keep() -> None:
             if done % speed.checkpoint_steps == 0 or done == plan.steps or stopper.ended:
                 moments = (optimiser.first, optimiser.second)
-                state = Checkpoint(done, threads, lora.theta, *moments, stopper.best, stopper.state)
+                state = Checkpoint(done, threads, precision, lora.theta, *moments, stopper.best, stopper.state)
                 save(checkpoint_dir, state, context)
             if progress:
                 progress(done, plan.steps)
@@ -162,9 +171,7 @@ def run_round(
         stopper.settle(lora)
         if kept.method == "average" and parent_dir:
             lora.theta.copy_(averaged(begin, lora.theta, kept.weight))
-        delta = float((lora.theta - begin).abs().max())
-    if not delta > 0.0:
-        raise RoundError(f"max|delta|={delta}: must be > 0; no adapted layer was trained, report this")
+    delta = _largest_change(lora, begin)
     digest = write_adapter(out_dir, plan.lora, lora.weights(), base)
     log.info("round trained", stream=plan.stream, round_id=plan.round_id, attempt=plan.attempt, steps=done)
     return RoundOutput(out_dir, digest, resumed=begun > 0, max_abs_delta=delta, steps=done)
@@ -232,9 +239,19 @@ def _example(renderer: Renderer, prompt: str, completion: str, max_tokens: int) 
     return Example(tuple(ids[cut:]), max(1, start - cut))
 
 
-def _start(plan: RoundPlan, base: Base, parent_dir: Path | None, speed: Speed) -> LoraModel:
+def _precision(asked: Literal["auto", "fp32", "bf16", "fp16"], plan: RoundPlan) -> Precision:
+    if asked != "auto":
+        return asked
+    if plan.noise_source == "test":
+        return "fp32"
+    chosen = fastest(probe())
+    log.info("precision chosen", stream=plan.stream, precision=chosen)
+    return chosen
+
+
+def _start(plan: RoundPlan, base: Base, parent_dir: Path | None, speed: Speed, precision: Precision) -> LoraModel:
     """The model with the parent's weights, or with fresh ones under a public seed: the plan's hash."""
-    model = load_model(base)
+    model = load_model(base, DTYPES[precision])
     width = LoraModel.width(model, plan.lora)
     rows_max = max(1, min(speed.rows_max, speed.buffer_bytes_max // (4 * width)))
     lora = LoraModel(model, plan.lora, rows_max)
@@ -242,12 +259,39 @@ def _start(plan: RoundPlan, base: Base, parent_dir: Path | None, speed: Speed) -
         lora.start_fresh(int(plan.plan_hash[:15], 16))
         return lora
     parent = read_adapter(parent_dir, base=base)
-    if parent.scaling != plan.lora.scale:
+    for slot in lora.slots:
+        if slot.matrix != "A":
+            continue
+        module = module_name(slot.layer, slot.target)
+        if parent.scale_of(module) != plan.lora.scale_of(module):
+            raise AdapterError(
+                f"parent adapter: scale={parent.scale_of(module)} of {module}, must be {plan.lora.scale_of(module)}; "
+                "keep lora.alpha, r, their patterns and rslora"
+            )
+    if parent.bottleneck and parent.bottleneck.nonlinearity != plan.lora.nonlinearity:
         raise AdapterError(
-            f"parent adapter: scale={parent.scaling}, must be {plan.lora.scale}; keep lora.alpha, r and rslora"
+            f"parent adapter: nonlinearity={parent.bottleneck.nonlinearity}, must be {plan.lora.nonlinearity}; keep it"
         )
     lora.load(parent.weights)
     return lora
+
+
+def _largest_change(lora: LoraModel, begin: Tensor) -> float:
+    """max|delta| over all weights, of which every adapted place must have moved some.
+
+    Noise moves what no gradient reaches, too; that each place is reached is `learner.gradients`' to check, every pass.
+    """
+    moved: dict[tuple[int, str], float] = {}
+    for slot in lora.slots:
+        change = float((lora.theta[slot.start : slot.stop] - begin[slot.start : slot.stop]).abs().max())
+        place = (slot.layer, slot.target)
+        moved[place] = max(moved.get(place, 0.0), change)
+    for (layer, target), change in moved.items():
+        if not change > 0.0:
+            raise RoundError(
+                f"max|delta|={change} of {target} in layer {layer}: must be > 0; it did not train, report this"
+            )
+    return max(moved.values())
 
 
 def _continue(lora: LoraModel, plan: RoundPlan, found: Checkpoint | None) -> FlatAdamW:
@@ -271,7 +315,7 @@ def _private_step(
     mask: torch.Tensor | None,
 ) -> PrivateStep:
     """The step, with the prefixes of every record that any step will draw computed already."""
-    halves = SplitModel(lora.model, lora.layers[0])
+    halves = SplitModel(lora.model, lora.lowest, speed.recompute)
     spill = Spill(folder, speed.prefix_disk_bytes_max) if speed.prefix_disk_bytes_max else None
     cache = PrefixCache(halves, [example.ids for example in examples], speed.prefix_bytes_max, speed.prefixes, spill)
     drawn = {unit for stream in streams for unit in draw(units, stream)}

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from learner.head import loss_gradient
 from learner.sampling import PhysicalBatch, Unit, draw, split
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ NORM_MAX = 1e18
 # The bound that is charged for must hold although the norm may be read 8e-6 too small, and scaling a row to norm C
 # rounds the factor and every entry to fp32 (6e-8 each).
 CLIP_MARGIN = 1.0 - 1e-5
-# Completion positions whose logits are held at a time: 256 * 151,936 * 4 bytes = 156 MB on Qwen2.5.
-LOGIT_ROWS = 256
+# Largest number of an example's loss gradient when it enters layers in fp16: it may grow 4096-fold on its way down.
+FP16_SLOPE = 16.0
 
 
 @dataclass(frozen=True)
@@ -145,33 +146,39 @@ class PrivateStep:
 
     def _example_gradients(self, indices: Sequence[int], seeds: Sequence[int] | None) -> Tensor:
         """(B, P): gradient of each example's mean loss over its own completion tokens."""
-        rows = self._lora.gradients.open(len(indices), None if seeds is None else [seeds[i] for i in indices])
+        buffer = self._lora.gradients
+        buffer.open(len(indices), None if seeds is None else [seeds[i] for i in indices])
         row, column, position, target, weight = completions([self._examples[i] for i in indices])
         positions = torch.zeros(len(indices), int(column.max()) + 1, dtype=torch.long)  # (B, C), padded with 0
         positions[row, column] = position
-        hidden = self._halves.upper(self._cache.hidden(indices), positions)  # (B, C, H)
-        leaf = hidden.detach()[row, column].requires_grad_()  # (N, H): without the padding
+        with torch.set_grad_enabled(bool(self._lora.layers)):  # no graph when nothing below the head is trained
+            hidden = self._halves.upper(self._cache.hidden(indices), positions)  # (B, C, H)
+        # Without the padding, and in fp32 whatever the layers below compute in.
+        leaf = hidden.detach()[row, column].float().requires_grad_()  # (N, H)
         normed = self._halves.norm(leaf)
-        slopes = loss_gradient(normed.detach(), self._halves.head, target, weight)
-        (slope,) = torch.autograd.grad(normed, leaf, slopes)  # (N, H)
-        padded_slope = torch.zeros_like(hidden)
-        padded_slope[row, column] = slope
-        torch.autograd.backward(hidden, padded_slope)
-        return rows
+        update = self._lora.head.begin(normed.detach(), row, weight) if self._lora.head else None
+        slopes = loss_gradient(normed.detach(), self._halves.head, target, weight, update)
+        if self._lora.layers:
+            (slope,) = torch.autograd.grad(normed, leaf, slopes)  # (N, H)
+            padded_slope = torch.zeros(hidden.shape)
+            padded_slope[row, column] = slope
+            torch.autograd.backward(hidden, self._lowered(padded_slope, hidden.dtype))
+        return buffer.close()
 
+    def _lowered(self, slope: Tensor, kind: torch.dtype) -> Tensor:
+        """What enters the backward pass of the layers, (B, C, H).
 
-def loss_gradient(hidden: Tensor, head: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """d/d hidden of sum_n weight_n * cross_entropy(hidden_n head^T, target_n), in closed form: the loss is never made.
-
-    hidden (N, H), head (V, H), target (N,), weight (N,). Logits are held for LOGIT_ROWS rows at a time.
-    """
-    grad = torch.empty_like(hidden)
-    for first in range(0, len(hidden), LOGIT_ROWS):
-        part = slice(first, first + LOGIT_ROWS)
-        slope = torch.softmax(hidden[part] @ head.t(), dim=1)  # (n, V)
-        slope[torch.arange(len(slope)), target[part]] -= 1.0
-        torch.mm(slope, head, out=grad[part])
-    return grad.mul_(weight[:, None])
+        fp16 ends at 6e-8 and 65504, so each example is brought to the same size by a power of two; the buffer divides
+        by it before anything is clipped. It follows from that example alone: a scale that adapts to the batch, as is
+        usual, would let one record change the rounding of another's gradient.
+        """
+        if kind != torch.float16:
+            return slope.to(kind)
+        largest = slope.abs().amax(dim=(1, 2)).clamp_(min=torch.finfo(torch.float32).tiny)
+        usable = torch.where(torch.isfinite(largest), largest, FP16_SLOPE)  # what is not finite will count as zero
+        scales = torch.exp2(torch.floor(torch.log2(FP16_SLOPE / usable)).clamp_(max=100.0))
+        self._lora.gradients.scaled(scales)
+        return (slope * scales[:, None, None]).to(kind)
 
 
 def clip_weights(rows: Tensor, clip_norm: float | Tensor) -> Tensor:

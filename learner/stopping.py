@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from learner.head import LOGIT_ROWS, plain_logits
 from learner.prefix import PrefixCache, SplitModel
-from learner.step import LOGIT_ROWS, Example, completions
+from learner.step import Example, completions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,7 +98,7 @@ def likelihood(examples: Sequence[Example], *, tokens_max: int = 2048, prefix_by
 
     def score(lora: LoraModel) -> float:
         if not kept:
-            halves = SplitModel(lora.model, lora.layers[0])
+            halves = SplitModel(lora.model, lora.lowest)
             cache = PrefixCache(halves, [example.ids for example in examples], prefix_bytes_max)
             cache.fill(order, tokens_max)
             kept.append((halves, cache))
@@ -105,7 +106,7 @@ def likelihood(examples: Sequence[Example], *, tokens_max: int = 2048, prefix_by
         total = 0.0
         with torch.no_grad():
             for part in _parts(order, examples, tokens_max):
-                total -= _loss(*kept[0], part, [examples[i] for i in part])
+                total -= _loss(lora, *kept[0], part, [examples[i] for i in part])
         return total / len(examples)
 
     return score
@@ -120,16 +121,20 @@ def _parts(order: Sequence[int], examples: Sequence[Example], tokens_max: int) -
     return parts
 
 
-def _loss(halves: SplitModel, cache: PrefixCache, indices: Sequence[int], examples: Sequence[Example]) -> float:
+def _loss(
+    lora: LoraModel, halves: SplitModel, cache: PrefixCache, indices: Sequence[int], examples: Sequence[Example]
+) -> float:
     """Sum over the examples of their mean cross-entropy, nats a token."""
     row, column, position, target, weight = completions(examples)
     positions = torch.zeros(len(examples), int(column.max()) + 1, dtype=torch.long)
     positions[row, column] = position
-    hidden = halves.norm(halves.upper(cache.hidden(indices), positions)[row, column])  # (N, H)
+    hidden = halves.norm(halves.upper(cache.hidden(indices), positions)[row, column].float())  # (N, H)
     total = 0.0
     for first in range(0, len(hidden), LOGIT_ROWS):
         rows = slice(first, first + LOGIT_ROWS)
-        logits = hidden[rows] @ halves.head.t()  # (n, V)
+        logits = plain_logits(hidden[rows], halves.head)  # (n, V)
+        if lora.head:
+            lora.head.add(logits, hidden[rows])
         losses = torch.nn.functional.cross_entropy(logits, target[rows], reduction="none")
         total += float((losses.double() * weight[rows]).sum())
     return total

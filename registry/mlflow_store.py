@@ -19,6 +19,7 @@ from urllib.parse import quote, urlsplit
 
 import requests
 
+from learner.adapter import CONFIG_FILE, adapter_files
 from registry.approvals import Approval, Approvals
 from registry.errors import PromotionRefused, RegistryError, RegistryUnavailable, UnknownVersion
 from registry.promotion import ADAPTER_FOLDER, Promotions, Trust, pick
@@ -35,7 +36,6 @@ _PAGE_ROWS = 10_000
 # Column width of MLflow's model_versions.description: PostgreSQL refuses more.
 DESCRIPTION_CHARS_MAX = 5000
 _EVIDENCE = "evidence"
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Candidate:
 
     Attributes:
         model: registered model; made when it does not exist.
-        adapter_dir: folder with peft's two files.
+        adapter_dir: folder with the adapter's files.
         tags: the version's tags, set in the same request that makes it.
         description_md: markdown; a link or image naming one of `artifacts` is pointed at it.
         artifacts: evidence by file name, kept in the version's run.
@@ -208,16 +208,19 @@ class MlflowStore:
         self._transition(model, version, stage, {"archive_existing_versions": archive_existing})
 
     def fetch_adapter(self, model: str, version: int, dest: Path) -> Path:
-        """Download the adapter's two files into `dest`; the caller checks the sha256.
+        """Download the adapter's files into `dest`; the caller checks the sha256.
 
         Raises:
             RegistryError: a file is missing there. RegistryUnavailable: no answer. Then `dest` is as it was.
         """
         with tempfile.TemporaryDirectory() as folder:
-            for name in _ADAPTER_FILES:
-                self._download(model, version, f"{ADAPTER_FOLDER}/{name}", Path(folder) / name)
+            self._download(model, version, f"{ADAPTER_FOLDER}/{CONFIG_FILE}", Path(folder) / CONFIG_FILE)
+            names = adapter_files(Path(folder))
+            for name in names:
+                if name != CONFIG_FILE:
+                    self._download(model, version, f"{ADAPTER_FOLDER}/{name}", Path(folder) / name)
             dest.mkdir(parents=True, exist_ok=True)
-            for name in _ADAPTER_FILES:
+            for name in names:
                 shutil.copyfile(Path(folder) / name, dest / name)
         return dest
 
@@ -281,7 +284,8 @@ def _register(uri: str, candidate: Candidate) -> int:
 
     The version comes last and whole: what is half done when this dies is an orphan nobody sees.
     """
-    for name in _ADAPTER_FILES:
+    names = adapter_files(candidate.adapter_dir)
+    for name in names:
         if not (candidate.adapter_dir / name).is_file():
             raise RegistryError(f"adapter {candidate.adapter_dir}: {name} is missing; nothing was registered")
     with _fast_failures():
@@ -305,7 +309,7 @@ def _register(uri: str, candidate: Candidate) -> int:
             client.log_artifacts(run_id, folder, _EVIDENCE)
         logged = client.create_logged_model(experiment_id, name="adapter", source_run_id=run_id)
         with tempfile.TemporaryDirectory() as folder:
-            for name in _ADAPTER_FILES:
+            for name in names:
                 shutil.copyfile(candidate.adapter_dir / name, Path(folder) / name)
             client.log_model_artifacts(logged.model_id, folder, ADAPTER_FOLDER)
         client.finalize_logged_model(logged.model_id, "READY")

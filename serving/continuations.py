@@ -74,7 +74,7 @@ def score(decoder: Decoder, adapters: Sequence[Resident | None], rows: Sequence[
         lower, mask = _lower(decoder, [inputs[i][common:] for i in some], beginnings[0], boundary)
         for which, group in enumerate(groups):
             hidden = _run(decoder, lower, group, beginnings[which], mask, start=boundary)
-            likelihoods, likeliest = _found(decoder, hidden, targets)
+            likelihoods, likeliest = _found(decoder, hidden, targets, group)
             of = np.array([target.row for target in targets])
             summed = np.bincount(of, weights=likelihoods, minlength=len(order)).astype(np.float64)
             greedy = np.bincount(of, weights=likeliest, minlength=len(order)) == np.bincount(of)
@@ -146,7 +146,7 @@ def _run(
 
 
 def _found(
-    decoder: Decoder, hidden: Tensor, targets: Sequence[_Target]
+    decoder: Decoder, hidden: Tensor, targets: Sequence[_Target], group: Groups
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Log-likelihood of each target, and whether it is the likeliest token there; (T,) both."""
     places = {place: i for i, place in enumerate(dict.fromkeys((t.input, t.at) for t in targets))}
@@ -157,7 +157,7 @@ def _found(
     tokens = np.array([t.token for t in targets])
     likelihoods, likeliest = np.empty(len(targets)), np.empty(len(targets), dtype=bool)
     for first in range(0, len(states), LOGIT_ROWS):
-        logits = decoder.logits(states[first : first + LOGIT_ROWS])  # (P', V)
+        logits = decoder.logits(states[first : first + LOGIT_ROWS], group)  # (P', V)
         normaliser, best = logits.logsumexp(dim=-1), logits.argmax(dim=-1)
         here = np.flatnonzero((which >= first) & (which < first + LOGIT_ROWS))
         row, token = torch.from_numpy(which[here] - first), torch.from_numpy(tokens[here])

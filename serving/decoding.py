@@ -66,12 +66,13 @@ class Slots:
             return attention(q, k, v, mask)
 
         positions = torch.arange(longest).unsqueeze(0)
-        hidden = self._decoder.run(self._decoder.embed(ids), positions, group_rows(adapters), attend)
+        groups = group_rows(adapters)
+        hidden = self._decoder.run(self._decoder.embed(ids), positions, groups, attend)
         self._lengths += [len(prompt) for prompt in prompts]
         self._adapters += adapters
         self._groups = group_rows(self._adapters)
         last = torch.tensor([len(prompt) - 1 for prompt in prompts])
-        return self._decoder.logits(hidden[torch.arange(count), last])
+        return self._decoder.logits(hidden[torch.arange(count), last], groups)
 
     def adopt(self, keys: Tensor, values: Tensor, adapter: Resident | None) -> None:
         """Take in an answer that was begun elsewhere, by its keys and values (depth, K, T, D), as the last row."""
@@ -104,7 +105,7 @@ class Slots:
         hidden = self._decoder.embed(torch.tensor(tokens).unsqueeze(1))
         hidden = self._decoder.run(hidden, at.unsqueeze(1), self._groups, attend)
         self._lengths = [length + 1 for length in self._lengths]
-        return self._decoder.logits(hidden[:, 0])
+        return self._decoder.logits(hidden[:, 0], self._groups)
 
     def remove(self, row: int) -> None:
         """Forget a row; the last one takes its place."""

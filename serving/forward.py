@@ -2,7 +2,8 @@
 
 transformers' own forward neither mixes adapters in a batch cheaply nor lets the caller lay out keys and values; both
 are what serving is about. Weights and rotary embedding stay those of the loaded `Qwen2ForCausalLM`, and a test holds
-the results against it. (Qwen2: Yang et al. 2024. LoRA: Hu et al. 2021. Grouped queries: Ainslie et al. 2023.)
+the results against it. (Qwen2: Yang et al. 2024. LoRA: Hu et al. 2021. Bottlenecks: Houlsby et al. 2019. Grouped
+queries: Ainslie et al. 2023.)
 
 Shapes: B rows, S new tokens a row, T keys, H hidden, Q query heads, K key heads, D head size, V vocabulary.
 """
@@ -18,13 +19,34 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
-from learner.adapter import read_adapter, weight_name
+from learner.adapter import Adapter, read_adapter
 from learner.base import Base, load_model
+from learner.bottleneck import ACTIVATIONS
 from learner.errors import LearnerError
+from learner.layout import BOTTLENECK_MATRICES, HEAD, bottleneck_name, module_name, weight_name
 from serving.errors import EngineError
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q (B, Q, S, D), k (B, K, S, D), v) -> (B, S, Q * D); keeps keys and values where it wants them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bottleneck:
+    """A bottleneck adapter in memory: z + f(z down + down_bias) up + up_bias.
+
+    Attributes:
+        down, up: transposed, (H, w) and (w, H).
+    """
+
+    down: Tensor
+    down_bias: Tensor
+    up: Tensor
+    up_bias: Tensor
+    activation: Callable[[Tensor], Tensor]
+
+    def change(self, z: Tensor) -> Tensor:
+        """What is added to (..., H)."""
+        return self.activation(z @ self.down + self.down_bias) @ self.up + self.up_bias
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +55,16 @@ class Resident:
 
     Attributes:
         parts: by (layer, target): A transposed (in, r), and B transposed and scaled (r, out).
-        lowest: the lowest layer it changes.
+        head: the same for the vocabulary projection, or None.
+        bottlenecks: by (layer, sublayer).
+        lowest: the lowest layer it changes; the number of layers when it changes the vocabulary projection alone.
     """
 
     name: str
     sha256: str
     parts: dict[tuple[int, str], tuple[Tensor, Tensor]]
+    head: tuple[Tensor, Tensor] | None
+    bottlenecks: dict[tuple[int, str], Bottleneck]
     lowest: int
 
 
@@ -46,8 +72,8 @@ Groups = Sequence[tuple[Tensor | None, Resident]]
 """Which rows (None: all) carry which adapter. Rows that stand nowhere are the bare base."""
 
 
-def resident_from(folder: Path, name: str, base: Base) -> Resident:
-    """Read, check and prepare an adapter.
+def resident_from(folder: Path, name: str, base: Base, depth: int) -> Resident:
+    """Read, check and prepare an adapter for a base of `depth` layers.
 
     Raises:
         EngineError: it is missing, damaged, not finite, or belongs to another base.
@@ -56,13 +82,30 @@ def resident_from(folder: Path, name: str, base: Base) -> Resident:
         adapter = read_adapter(folder, base.sha256, base=base)
     except LearnerError as error:
         raise EngineError(str(error)) from error
-    parts = {}
-    for layer in adapter.layers:
-        for target in adapter.targets:
-            a = adapter.weights[weight_name(layer, target, "A")].float()
-            b = adapter.weights[weight_name(layer, target, "B")].float()
-            parts[layer, target] = (a.t().contiguous(), (b * adapter.scaling).t().contiguous())
-    return Resident(name, adapter.sha256, parts, min(adapter.layers))
+    pairs = {place: _pair(adapter, *place) for place in adapter.places()}
+    head = next((pair for (_, target), pair in pairs.items() if target == HEAD), None)
+    return Resident(
+        name=name,
+        sha256=adapter.sha256,
+        parts={place: pair for place, pair in pairs.items() if place[1] != HEAD},
+        head=head,
+        bottlenecks={place: _bottleneck(adapter, *place) for place in adapter.bottlenecks()},
+        lowest=min(adapter.layers, default=depth),
+    )
+
+
+def _pair(adapter: Adapter, layer: int, target: str) -> tuple[Tensor, Tensor]:
+    a, b = (adapter.weights[weight_name(layer, target, matrix)].float() for matrix in "AB")
+    scale = adapter.scale_of(module_name(layer, target))
+    return a.t().contiguous(), (b * scale).t().contiguous()
+
+
+def _bottleneck(adapter: Adapter, layer: int, place: str) -> Bottleneck:
+    assert adapter.bottleneck  # noqa: S101 - it named this place
+    names = (bottleneck_name(layer, place, matrix) for matrix in BOTTLENECK_MATRICES)
+    down, down_bias, up, up_bias = (adapter.weights[name].float() for name in names)
+    activation = ACTIVATIONS[adapter.bottleneck.nonlinearity]
+    return Bottleneck(down.t().contiguous(), down_bias, up.t().contiguous(), up_bias, activation)
 
 
 def group_rows(adapters: Sequence[Resident | None]) -> Groups:
@@ -104,9 +147,13 @@ class Decoder:
         rows: Tensor = self._model.model.embed_tokens(ids)
         return rows
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(..., H) out of the last layer to (..., V)."""
-        out: Tensor = self._model.lm_head(self._norm(hidden, self._model.model.norm))
+    def logits(self, hidden: Tensor, groups: Groups) -> Tensor:
+        """(rows, H) out of the last layer to (rows, V)."""
+        normed = self._norm(hidden, self._model.model.norm)
+        out: Tensor = self._model.lm_head(normed)
+        for rows, adapter in groups:
+            if adapter.head is not None:
+                _add(out, rows, normed, adapter.head)
         return out
 
     def run(
@@ -142,11 +189,13 @@ class Decoder:
         q = _rotate(heads(_linear(x, attention.q_proj, groups, (index, "q_proj"))), rotary)
         k = _rotate(heads(_linear(x, attention.k_proj, groups, (index, "k_proj"))), rotary)
         v = heads(_linear(x, attention.v_proj, groups, (index, "v_proj")))
-        hidden = hidden + _linear(attend(index, q, k, v), attention.o_proj, groups, (index, "o_proj"))
+        mixed = _linear(attend(index, q, k, v), attention.o_proj, groups, (index, "o_proj"))
+        hidden = hidden + _narrowed(mixed, groups, (index, "attention"))
         x = self._norm(hidden, layer.post_attention_layernorm)
         gate = F.silu(_linear(x, mlp.gate_proj, groups, (index, "gate_proj")))
         up = _linear(x, mlp.up_proj, groups, (index, "up_proj"))
-        return hidden + _linear(gate.mul_(up), mlp.down_proj, groups, (index, "down_proj"))
+        out = _linear(gate.mul_(up), mlp.down_proj, groups, (index, "down_proj"))
+        return hidden + _narrowed(out, groups, (index, "mlp"))
 
     def _norm(self, x: Tensor, norm: Any) -> Tensor:
         return F.rms_norm(x, (self.hidden,), norm.weight, norm.variance_epsilon)
@@ -189,11 +238,28 @@ def _linear(x: Tensor, module: Any, groups: Groups, place: tuple[int, str]) -> T
     out = F.linear(x, module.weight, module.bias)
     for rows, adapter in groups:
         part = adapter.parts.get(place)
-        if part is None:
+        if part is not None:
+            _add(out, rows, x, part)
+    return out
+
+
+def _add(out: Tensor, rows: Tensor | None, x: Tensor, part: tuple[Tensor, Tensor]) -> None:
+    """Add a low-rank update of some rows of x to the same rows of out."""
+    a, b = part
+    if rows is None:
+        out += (x @ a) @ b
+    else:
+        out.index_add_(0, rows, (x.index_select(0, rows) @ a) @ b)
+
+
+def _narrowed(out: Tensor, groups: Groups, place: tuple[int, str]) -> Tensor:
+    """A sublayer's output with the bottleneck adapters of its rows."""
+    for rows, adapter in groups:
+        bottleneck = adapter.bottlenecks.get(place)
+        if bottleneck is None:
             continue
-        a, b = part
         if rows is None:
-            out += (x @ a) @ b
+            out += bottleneck.change(out)
         else:
-            out.index_add_(0, rows, (x.index_select(0, rows) @ a) @ b)
+            out.index_add_(0, rows, bottleneck.change(out.index_select(0, rows)))
     return out

@@ -192,7 +192,7 @@ class InProcessEngine:
         Raises:
             EngineError: it is missing, damaged, not finite, or belongs to another base.
         """
-        resident = resident_from(adapter_dir, name, self.base)
+        resident = resident_from(adapter_dir, name, self.base, self._decoder.depth)
         with self._wake:
             self._residents = {**self._residents, name: resident}
         log.info("adapter loaded", adapter=name, sha256=resident.sha256)

@@ -426,9 +426,10 @@ class Pass:
 
     def _look(self, model: int, hidden: Tensor, nodes: Sequence[tuple[int, int]]) -> None:
         """Keep what (n, H) states at some nodes say about the tree."""
+        groups = _everywhere(self._adapters[model])
         for first in range(0, len(nodes), LOGIT_ROWS):
             here = slice(first, first + LOGIT_ROWS)
-            self._keep(model, self._decoder.logits(hidden[here]), nodes[here])
+            self._keep(model, self._decoder.logits(hidden[here], groups), nodes[here])
 
     def _keep(self, model: int, logits: Tensor, nodes: Sequence[tuple[int, int]]) -> None:
         normaliser = logits.logsumexp(dim=-1)

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from ingest.record import Record
-from learner.adapter import BLOCK_PART
 from learner.base import load_model, load_tokenizer
+from learner.layout import BLOCK_PART, HEAD, PLACES, module_name
 from learner.lora import LoraModel
 from learner.plan import BlockAccount, BlockRate, LoraSettings, OptimiserSettings, RoundPlan, code_sha256
 from learner.prefix import PrefixCache, SplitModel
@@ -74,19 +74,55 @@ def stream(step=0, seed=1):
     return KeyedStream(TestKey(seed), {"plan": "p", "data": "d", "base": "b", "code": "c"}, step)
 
 
-def private_step(base, made, *, settings, units=None, clip=1.0, sigma=1.0, limits=ROOMY, cached=True, seed=3):
-    """A step on real LoRA weights: A as drawn, B random too, else A's gradient would be zero."""
-    lora = LoraModel(load_model(base), settings, limits.rows_max)
+def random_model(vocabulary, *, hidden, layers):
+    """The same random Qwen2 each time, its biases not zero; without a tokenizer its vocabulary can be small."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=hidden + hidden // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        dtype="float32",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        made = Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa")
+        for name, parameter in made.named_parameters():
+            if name.endswith("_proj.bias"):
+                torch.nn.init.normal_(parameter, std=0.3)
+    return made.eval().requires_grad_(requires_grad=False)
+
+
+def awake(lora, seed):
+    """Weights as after some training: with what starts at zero left at zero, most gradients would be zero too."""
     lora.start_fresh(seed)
     generator = torch.Generator().manual_seed(seed)
     for slot in lora.slots:
-        if slot.matrix == "B":
+        if slot.zero_at_first:
             lora.theta[slot.start : slot.stop] = torch.randn(slot.stop - slot.start, generator=generator) * 0.05
-    halves = SplitModel(lora.model, lora.layers[0])
+    return lora
+
+
+def private_step(
+    base, made, *, settings, units=None, clip=1.0, sigma=1.0, limits=ROOMY, cached=True, seed=3, recompute="none"
+):
+    """A step on real weights."""
+    lora = awake(LoraModel(load_model(base), settings, limits.rows_max), seed)
+    return lora, step_of(lora, made, units, clip, sigma, limits, cached=cached, recompute=recompute)
+
+
+def step_of(lora, made, units=None, clip=1.0, sigma=1.0, limits=ROOMY, *, cached=True, recompute="none"):
+    halves = SplitModel(lora.model, lora.lowest, recompute)
     cache = PrefixCache(halves, [e.ids for e in made], (1 << 30) if cached else 0)
     cache.fill(range(len(made)), 4096)
     units = units or [Unit(0.5, (i,)) for i in range(len(made))]
-    return lora, PrivateStep(lora, halves, cache, made, units, Mechanism(clip, sigma, 8.0), limits)
+    return PrivateStep(lora, halves, cache, made, units, Mechanism(clip, sigma, 8.0), limits)
 
 
 class PlainLora(torch.nn.Module):
@@ -95,24 +131,52 @@ class PlainLora(torch.nn.Module):
     def __init__(self, base, a, b, scale):
         super().__init__()
         self.base, self.scale = base, scale
-        self.a = torch.nn.Parameter(a.clone())
-        self.b = torch.nn.Parameter(b.clone())
+        self.a, self.b = torch.nn.Parameter(a), torch.nn.Parameter(b)
 
     def forward(self, x):
         return self.base(x) + self.scale * (x @ self.a.T) @ self.b.T
 
 
+class PlainBottleneck(torch.nn.Module):
+    """A bottleneck adapter behind a layer by plain autograd."""
+
+    def __init__(self, inner, down, down_bias, up, up_bias, nonlinearity):
+        super().__init__()
+        self.inner = inner
+        self.down, self.down_bias = torch.nn.Parameter(down), torch.nn.Parameter(down_bias)
+        self.up, self.up_bias = torch.nn.Parameter(up), torch.nn.Parameter(up_bias)
+        self.act = {"relu": torch.nn.ReLU(), "gelu": torch.nn.GELU(), "silu": torch.nn.SiLU()}[nonlinearity]
+
+    def forward(self, x):
+        z = self.inner(x)
+        return z + self.act(z @ self.down.T + self.down_bias) @ self.up.T + self.up_bias
+
+
 def plain_model(base, lora):
-    """The base with the same LoRA weights under autograd; answers it and its parameters in `theta`'s order."""
-    model = load_model(base)
+    """The base with the same weights under autograd; answers it and its parameters in `theta`'s order."""
+    return plain_copy(load_model(base), lora)
+
+
+def plain_copy(model, lora):
+    """The same into a model that is at hand."""
+    places = {}
+    for slot in lora.slots:
+        value = lora.theta[slot.start : slot.stop].view(slot.shape).clone()
+        places.setdefault((slot.layer, slot.target), []).append(value)
     parameters = []
-    for slot_a, slot_b in zip(lora.slots[::2], lora.slots[1::2], strict=True):
-        part = getattr(model.model.layers[slot_a.layer], BLOCK_PART[slot_a.target])
-        a = lora.theta[slot_a.start : slot_a.stop].view(slot_a.shape)
-        b = lora.theta[slot_b.start : slot_b.stop].view(slot_b.shape)
-        plain = PlainLora(getattr(part, slot_a.target), a, b, lora.settings.scale)
-        setattr(part, slot_a.target, plain)
-        parameters += [plain.a, plain.b]
+    for (layer, target), values in places.items():
+        if target == HEAD:
+            owner, name = model, HEAD
+        else:
+            name = PLACES.get(target, target)
+            owner = getattr(model.model.layers[layer], BLOCK_PART[name])
+        if target in PLACES:
+            plain = PlainBottleneck(getattr(owner, name), *values, lora.settings.nonlinearity)
+            parameters += [plain.down, plain.down_bias, plain.up, plain.up_bias]
+        else:
+            plain = PlainLora(getattr(owner, name), *values, lora.settings.scale_of(module_name(layer, target)))
+            parameters += [plain.a, plain.b]
+        setattr(owner, name, plain)
     return model, parameters
 
 

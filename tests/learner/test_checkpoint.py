@@ -11,13 +11,13 @@ CONTEXT = {"plan": "1", "data": "2", "base": "3", "code": "4"}
 
 
 def checkpoint(step=5):
-    return Checkpoint(step, 2, torch.arange(4.0), torch.ones(4), torch.zeros(4))
+    return Checkpoint(step, 2, "bf16", torch.arange(4.0), torch.ones(4), torch.zeros(4))
 
 
 def test_a_checkpoint_comes_back_as_it_was_and_is_private(tmp_path):
     save(tmp_path / "c", checkpoint(), CONTEXT)
     found = load(tmp_path / "c", CONTEXT)
-    assert (found.step, found.threads) == (5, 2)
+    assert (found.step, found.threads, found.precision) == (5, 2, "bf16")
     assert torch.equal(found.theta, torch.arange(4.0))
     assert stat.S_IMODE((tmp_path / "c" / FILE).stat().st_mode) == 0o600
     assert [p.name for p in (tmp_path / "c").iterdir()] == [FILE]

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -6,6 +7,7 @@ import pytest
 from learner.errors import PlanError
 from learner.plan import BlockAccount, LoraSettings, RoundPlan, StoppingSettings, plan_round
 from privacy.accounting import fits, rdp
+from privacy.canonical import canonical
 from tests.learner.rounds import account
 
 IDENTITY = {
@@ -122,8 +124,58 @@ def test_layers_count_from_the_top():
 
 
 def test_an_unknown_target_is_named():
-    with pytest.raises(ValueError, match="lm_head"):
-        LoraSettings(targets=("q_proj", "lm_head"))
+    with pytest.raises(ValueError, match=r"lora\.targets=embed_tokens: must be among q_proj,.*,lm_head"):
+        LoraSettings(targets=("q_proj", "embed_tokens"))
+
+
+def test_settings_that_came_later_leave_the_hash_of_older_plans_alone():
+    """A plan is kept with its hash; new fields at their defaults must not change it, others must."""
+    settings = LoraSettings()
+    assert list(settings.model_dump()) == ["r", "alpha", "dropout", "targets", "layers", "rslora"]
+    for change in (
+        {"rank_pattern": {"q_proj": 4}},
+        {"alpha_pattern": {"q_proj": 4}},
+        {"bottleneck": 2},
+        {"bottleneck_places": ("attention",)},
+        {"nonlinearity": "silu"},
+    ):
+        changed = LoraSettings(**change)
+        assert set(change) == set(changed.model_dump()) - set(settings.model_dump())
+        assert LoraSettings.model_validate(changed.model_dump(mode="json")) == changed
+
+
+def test_the_order_of_patterns_is_part_of_the_plan():
+    one, other = ({"q_proj": 4, "layers.1.*": 2}, {"layers.1.*": 2, "q_proj": 4})
+    plans = [planned([account()], lora=LoraSettings(rank_pattern=pattern)) for pattern in (one, other)]
+    assert plans[0].plan_hash != plans[1].plan_hash
+    for plan in plans:
+        assert RoundPlan.model_validate_json(canonical(plan.as_json())) == plan
+    module = "model.layers.1.self_attn.q_proj"
+    assert [plan.lora.rank_of(module) for plan in plans] == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank_pattern": {"nope": 3}}, "lora.rank_pattern: 'nope' fits no target"),
+        ({"rank_pattern": {"lm_head": 3}}, "lora.rank_pattern: 'lm_head' fits no target"),
+        ({"alpha_pattern": {"(": 3}}, "is no regular expression"),
+        ({"alpha_pattern": {"(q_proj|x)*": 3}}, "repeats a group"),
+        ({"bottleneck_places": ("norm",)}, "lora.bottleneck_places=norm: must be among attention,mlp"),
+        ({"use_dora": True}, "use_dora: is refused"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_with_the_reason(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LoraSettings(**changes)
+
+
+def test_a_pattern_for_layers_that_are_not_adapted_is_refused_where_the_base_is_known(tiny):
+    from learner.adapter import trained_weights
+    from learner.errors import AdapterError
+
+    with pytest.raises(AdapterError, match=r"'layers\.0\.\.\*': fits no adapted layer"):
+        trained_weights(tiny, LoraSettings(layers=2, rank_pattern={"layers.0..*": 2}))
 
 
 def test_planning_imports_no_torch():
@@ -138,7 +190,12 @@ def test_the_number_of_trained_weights_is_that_of_the_model(tiny):
     from learner.base import load_model
     from learner.lora import LoraModel
 
-    for settings in (LoraSettings(r=2, layers=1), LoraSettings(r=3, layers=0, targets=("k_proj", "down_proj"))):
+    for settings in (
+        LoraSettings(r=2, layers=1),
+        LoraSettings(r=3, layers=0, targets=("k_proj", "down_proj"), rank_pattern={"down_proj": 5}),
+        LoraSettings(r=2, targets=("lm_head",)),
+        LoraSettings(r=2, layers=2, bottleneck=3, bottleneck_places=("attention", "mlp")),
+    ):
         assert trained_weights(tiny, settings) == LoraModel.width(load_model(tiny), settings)
 
 

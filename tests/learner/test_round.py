@@ -10,11 +10,12 @@ import pytest
 import structlog
 import torch
 
+import learner.round
 from learner.adapter import adapter_sha256, read_adapter
 from learner.base import load_model
 from learner.errors import AdapterError, ResumeRefused, RoundError
 from learner.plan import BlockRate, LoraSettings
-from learner.round import Speed, run_round
+from learner.round import Speed, _precision, _start, run_round
 from privacy.randomness import RoundKey, TestKey
 from tests.learner.rounds import examples, plan, records
 
@@ -124,12 +125,67 @@ def test_a_second_round_starts_from_its_parent(tiny, tmp_path):
     assert moved < 6 * 1e-2 * 1.5
 
 
+EVERYTHING = LoraSettings(
+    r=2,
+    layers=2,
+    targets=("q_proj", "down_proj", "lm_head"),
+    rank_pattern={"layers.2.*": 3},
+    alpha_pattern={"q_proj": 5},
+    bottleneck=2,
+    bottleneck_places=("attention", "mlp"),
+)
+
+
+def test_a_round_over_every_kind_of_weight_ends_in_an_adapter_the_next_one_starts_from(tiny, tmp_path):
+    first = run(tiny, tmp_path / "1", plan(tiny, lora=EVERYTHING))
+    second = plan(tiny, round_id="r2", parent_sha256=first.adapter_sha256, lora=EVERYTHING)
+    output = run(tiny, tmp_path / "2", second, parent_dir=first.adapter_dir)
+    parent, mine = read_adapter(first.adapter_dir, base=tiny), read_adapter(output.adapter_dir, base=tiny)
+    assert parent.weights.keys() == mine.weights.keys()
+    for name, weight in mine.weights.items():
+        assert 0 < float((weight - parent.weights[name]).abs().max()) < 6 * 1e-2 * 1.5
+    assert mine.max_abs_delta(parent) > 0
+    other = EVERYTHING.model_copy(update={"nonlinearity": "silu"})
+    third = plan(tiny, round_id="r3", parent_sha256=output.adapter_sha256, lora=other)
+    with pytest.raises(AdapterError, match="nonlinearity=relu, must be silu"):
+        _start(third, tiny, output.adapter_dir, Speed(), "fp32")
+
+
+def test_running_layers_again_changes_no_bit_of_a_round(tiny, tmp_path):
+    whole = run(tiny, tmp_path / "1").adapter_sha256
+    again = run(tiny, tmp_path / "2", speed=Speed(checkpoint_steps=2, recompute="reentrant"))
+    assert again.adapter_sha256 == whole
+
+
+def test_a_resumed_round_keeps_the_precision_it_began_with(tiny, tmp_path):
+    half = Speed(checkpoint_steps=2, precision="bf16")
+    whole = run(tiny, tmp_path / "whole", speed=half).adapter_sha256
+    with pytest.raises(Stop):
+        run(tiny, tmp_path / "cut", speed=half, progress=stop_after(3))
+    assert run(tiny, tmp_path / "cut", speed=Speed(checkpoint_steps=2)).adapter_sha256 == whole
+    assert run(tiny, tmp_path / "fp32", speed=Speed(checkpoint_steps=2)).adapter_sha256 != whole
+
+
+def test_a_probe_decides_for_real_noise_and_test_noise_stays_repeatable(tiny, monkeypatch):
+    monkeypatch.setattr(learner.round, "probe", lambda: {"fp32": 1.0, "bf16": 0.2, "fp16": 0.2})
+    assert _precision("auto", plan(tiny)) == "fp32"
+    real = plan(tiny, noise_source="system")
+    assert [_precision(asked, real) for asked in ("auto", "fp32", "fp16")] == ["bf16", "fp32", "fp16"]
+
+
 def test_a_parent_of_another_shape_or_scale_is_refused(tiny, tmp_path):
     first = run(tiny, tmp_path / "1")
-    for kind in (LoraSettings(r=8, layers=2), LoraSettings(r=4, layers=1), LoraSettings(r=4, layers=2, alpha=7)):
+    for kind in (
+        LoraSettings(r=8, layers=2),
+        LoraSettings(r=4, layers=1),
+        LoraSettings(r=4, layers=2, alpha=7),
+        LoraSettings(r=4, layers=2, alpha_pattern={"layers.2.self_attn.q_proj": 7}),
+        LoraSettings(r=4, layers=2, rank_pattern={"o_proj": 2}),
+        LoraSettings(r=4, layers=2, bottleneck=2),
+    ):
         other = plan(tiny, parent_sha256=first.adapter_sha256, lora=kind)
         with pytest.raises(AdapterError, match="parent adapter"):
-            run(tiny, tmp_path / "2", other, parent_dir=first.adapter_dir)
+            _start(other, tiny, first.adapter_dir, Speed(), "fp32")
 
 
 @pytest.mark.parametrize(

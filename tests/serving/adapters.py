@@ -1,27 +1,21 @@
 """Random adapters that visibly change what the tiny base says."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from learner.adapter import weight_name, write_adapter
+from learner.adapter import write_adapter
 from learner.base import Base, load_model
-
-
-@dataclass(frozen=True)
-class Shape:
-    r: int = 4
-    alpha: float = 8.0
-    dropout: float = 0.0
-    rslora: bool = False
+from learner.layout import weight_name
+from learner.lora import LoraModel
+from learner.plan import LoraSettings
 
 
 def random_adapter(
     base: Base, folder: Path, seed: int, *, layers=(1, 2), targets=("q_proj", "v_proj", "down_proj"), shape=None
 ) -> str:
     """Write an adapter of random weights; its sha256."""
-    shape = shape or Shape()
+    shape = shape or LoraSettings(r=4, alpha=8.0)
     config = load_model(base).config
     head = config.hidden_size // config.num_attention_heads
     sizes = {
@@ -41,3 +35,10 @@ def random_adapter(
             weights[weight_name(layer, target, "A")] = 0.3 * torch.randn(shape.r, inside, generator=generator)
             weights[weight_name(layer, target, "B")] = 0.3 * torch.randn(out, shape.r, generator=generator)
     return write_adapter(folder, shape, weights, base)
+
+
+def drawn(base: Base, settings: LoraSettings, seed: int) -> LoraModel:
+    """A model with everything these settings train drawn at random."""
+    made = LoraModel(load_model(base), settings, 1)
+    made.theta.copy_(torch.randn(len(made.theta), generator=torch.Generator().manual_seed(seed)) * 0.2)
+    return made

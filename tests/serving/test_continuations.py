@@ -4,23 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from learner.base import load_model
 from serving.errors import PromptTooLong, UnknownAdapter
 from serving.inprocess import InProcessEngine
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-NAMES = [None, "upper", "all", "stable"]
-
-
-@pytest.fixture(scope="module")
-def oracle(tiny, adapters):
-    from peft import PeftModel
-
-    models = {None: load_model(tiny)}
-    for name, folder in adapters.items():
-        models[name] = PeftModel.from_pretrained(load_model(tiny), str(folder)).eval()
-    return models
+NAMES = [None, "upper", "all", "stable", "patterns", "head", "narrow"]
 
 
 def one_by_one(model, rows):

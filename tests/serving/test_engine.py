@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner.base import load_model, load_tokenizer
+from learner.base import load_tokenizer
 from learner.prompt import Renderer
 from serving.engine import Finish, Piece, Sampling
 from serving.errors import EngineError, PromptTooLong, QueueFull, UnknownAdapter
@@ -25,19 +25,8 @@ PROMPTS = [
     "a b c d e f g h",
 ]
 LABELS = ["order_status", "order_cancel", "order_cancel_all", "refund", "карта", "yes"]
-NAMES = [None, "upper", "all", "stable"]
+NAMES = [None, "upper", "all", "stable", "patterns", "head", "narrow"]
 TOKENS = 16
-
-
-@pytest.fixture(scope="module")
-def oracle(tiny, adapters):
-    """The model with each adapter, through peft."""
-    from peft import PeftModel
-
-    models = {None: load_model(tiny)}
-    for name, folder in adapters.items():
-        models[name] = PeftModel.from_pretrained(load_model(tiny), str(folder)).eval()
-    return models
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +99,8 @@ def test_scores_with_shared_lower_layers_equal_fresh_ones(tiny, adapters, oracle
     with InProcessEngine(tiny) as fresh:
         fresh.load("upper", adapters["upper"])
         fresh.load("stable", adapters["stable"])
-        for name in ("upper", None, "stable", "upper"):  # layer 0 is run once for all four
+        fresh.load("head", adapters["head"])
+        for name in ("upper", None, "stable", "head", "upper"):  # layer 0 is run once for all five
             scores = fresh.score_labels(name, PROMPTS[:3], LABELS[:3])
             expected = [[teacher_forced(oracle[name], renderer, p, label) for label in LABELS[:3]] for p in PROMPTS[:3]]
             np.testing.assert_allclose(scores, expected, atol=1e-4, rtol=0)
@@ -257,3 +247,18 @@ def test_a_closed_engine_fails_what_it_owes(tiny):
         assert not engine.healthy
 
     asyncio.run(run())
+
+
+def test_scores_of_heads_alone_share_every_layer(tiny, adapters, oracle, renderer):
+    with InProcessEngine(tiny) as fresh:
+        fresh.load("head", adapters["head"])
+        for name in ("head", None):
+            scores = fresh.score_labels(name, PROMPTS[:2], LABELS[:3])
+            expected = [[teacher_forced(oracle[name], renderer, p, label) for label in LABELS[:3]] for p in PROMPTS[:2]]
+            np.testing.assert_allclose(scores, expected, atol=1e-4, rtol=0)
+
+
+def test_different_adapters_say_different_things(engine):
+    """Else the comparisons above could pass with an update left out."""
+    answers = {name: tuple(engine.generate(name, PROMPTS, TOKENS)) for name in NAMES}
+    assert len(set(answers.values())) == len(NAMES)
