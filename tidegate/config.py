@@ -18,11 +18,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from evaluation.policy import DEFAULT, Rule
+from learner.layout import BLOCK_PART, DORA_REFUSED, check_settings
 from tidegate.errors import ConfigError
 
 ENV_PREFIX = "TIDEGATE__"
 STREAM_NAME = re.compile(r"[a-z][a-z0-9-]{0,40}\Z")
 Port = Annotated[int, Field(ge=0, le=65535)]
+Rank = Annotated[int, Field(ge=1, le=512)]
 
 
 class _Section(BaseModel):
@@ -123,13 +125,32 @@ class PrivacySettings(_Section):
 
 
 class LoraConfig(_Section):
-    """peft's LoRA settings; `layers` counts from the top (0: all)."""
+    """What is trained, in peft's words where it has them; `layers` counts from the top (0: all)."""
 
-    r: Annotated[int, Field(ge=1, le=512)] = 16
+    r: Rank = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
+    rslora: bool = False
+    rank_pattern: dict[str, Rank] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = tuple(BLOCK_PART)
     layers: Annotated[int, Field(ge=0)] = 6
+    bottleneck: Annotated[int, Field(ge=0, le=4096)] = 0
+    bottleneck_places: Annotated[tuple[str, ...], Field(min_length=1)] = ("mlp",)
+    nonlinearity: Literal["relu", "gelu", "silu"] = "relu"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_dora(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("use_dora"):
+            raise ValueError(DORA_REFUSED)
+        return values
+
+    @model_validator(mode="after")
+    def _usable(self) -> LoraConfig:
+        patterns = tuple(self.rank_pattern.items()), tuple(self.alpha_pattern.items())
+        check_settings(self.targets, *patterns, self.bottleneck_places)
+        return self
 
 
 class EarlyStoppingSettings(_Section):
@@ -177,6 +198,8 @@ class LearnerSettings(_Section):
     waiting: Literal["hold", "supersede"] = "hold"
     checkpoint_steps: Annotated[int, Field(ge=1)] = 5
     test_noise: bool = False
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    recompute: Literal["none", "reentrant", "non-reentrant"] = "none"
     lora: LoraConfig = LoraConfig()
 
     @field_validator("schedule")

@@ -31,7 +31,9 @@ from tidegate.workspace import write_json as _write
 if TYPE_CHECKING:
     from learner.base import Base
     from learner.plan import RoundPlan
+    from learner.round import Speed
     from privacy.randomness import RoundKey, TestKey
+    from tidegate.config import LearnerSettings
     from tidegate.wiring import Service
 
 log = structlog.get_logger()
@@ -228,7 +230,7 @@ def _committed(service: Service, plan: RoundPlan) -> Trained | None:
 
 
 def _attempt(service: Service, plan: RoundPlan, base: Base, tell: Progress) -> Trained:
-    from learner.round import Speed, run_round
+    from learner.round import run_round
 
     ledger = service.ledger
     folder = service.workspace.checkpoints(plan.round_id, plan.attempt)
@@ -256,7 +258,7 @@ def _attempt(service: Service, plan: RoundPlan, base: Base, tell: Progress) -> T
         out_dir=folder / "adapter",
         max_tokens=learner.max_tokens,
         progress=lambda step, steps: tell("train", step, steps),
-        speed=Speed(threads=service.settings.service.threads, checkpoint_steps=learner.checkpoint_steps),
+        speed=_speed(service, learner),
         signal=signal_of(service, plan),
     )
     kept = service.workspace.adapters / output.adapter_sha256
@@ -267,6 +269,17 @@ def _attempt(service: Service, plan: RoundPlan, base: Base, tell: Progress) -> T
     _write(service.workspace.rounds(plan.round_id) / "receipt.json", receipt)
     _discard(folder)
     return Trained(plan, kept, output.adapter_sha256, receipt)
+
+
+def _speed(service: Service, learner: LearnerSettings) -> Speed:
+    from learner.round import Speed
+
+    return Speed(
+        threads=service.settings.service.threads,
+        checkpoint_steps=learner.checkpoint_steps,
+        precision=learner.precision,
+        recompute=learner.recompute,
+    )
 
 
 def _discard(folder: Path) -> None:
@@ -367,7 +380,7 @@ def _receipt(service: Service, plan: RoundPlan, adapter_sha256: str) -> dict[str
 
 def train_with_test_noise(service: Service, plan: RoundPlan, folder: Path) -> Path:
     """Train a test-noise plan again into `folder`, charging nothing: its epsilon is infinity already."""
-    from learner.round import Speed, run_round
+    from learner.round import run_round
     from privacy.randomness import TestKey
 
     learner = service.stream(plan.stream).learner
@@ -381,6 +394,6 @@ def train_with_test_noise(service: Service, plan: RoundPlan, folder: Path) -> Pa
         checkpoint_dir=folder / "steps",
         out_dir=folder / "adapter",
         max_tokens=learner.max_tokens,
-        speed=Speed(threads=service.settings.service.threads, checkpoint_steps=learner.checkpoint_steps),
+        speed=_speed(service, learner),
         signal=signal_of(service, plan),
     ).adapter_dir

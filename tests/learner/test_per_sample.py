@@ -249,6 +249,6 @@ def test_early_stopping_scores_the_model_with_all_of_it():
     wanted = 0.0
     for example in examples():
         ids = torch.tensor([example.ids])
-        logits = plain(input_ids=ids, use_cache=False).logits[0, example.completion_start - 1 : -1]
+        logits = plain(input_ids=ids, use_cache=False).logits[0, example.completion_start - 1 : -1].detach()
         wanted -= float(torch.nn.functional.cross_entropy(logits, ids[0, example.completion_start :]))
     assert likelihood(examples())(lora) == pytest.approx(wanted / len(examples()), abs=1e-5)

@@ -41,6 +41,15 @@ def test_a_lora_setting_can_be_overridden_too(params):
     assert resolved.settings.streams["support-desk"].learner.lora.r == 4
 
 
+def test_patterns_keep_their_order_on_the_way_to_a_plan(params):
+    from tidegate.planning import plan_arguments
+
+    text = "{layers.2.*: 4, q_proj: 2, '.*_proj': 3}"
+    resolved = load(params(), {"TIDEGATE__STREAMS__SUPPORT_DESK__LEARNER__LORA__RANK_PATTERN": text})
+    lora = plan_arguments(resolved.settings.streams["support-desk"].learner)["lora"]
+    assert lora.rank_pattern == (("layers.2.*", 4), ("q_proj", 2), (".*_proj", 3))
+
+
 def test_an_unknown_variable_is_refused(params):
     with pytest.raises(ConfigError, match="TIDEGATE__SERVICE__COLOUR=red: no such setting"):
         load(params(), {"TIDEGATE__SERVICE__COLOUR": "red"})
@@ -57,6 +66,16 @@ STREAM = ("streams", "support-desk")
         ((*STREAM, "privacy", "unit"), "family", r"privacy\.unit='family': .*'record' or 'user'"),
         ((*STREAM, "learner", "steps"), "many", r"learner\.steps='many': .*integer"),
         ((*STREAM, "learner", "lora", "r"), -1, r"learner\.lora\.r=-1: .*greater than or equal to 1"),
+        ((*STREAM, "learner", "lora", "rank_pattern"), {"q_proj": 0}, r"lora\.rank_pattern\.q_proj=0: .*equal to 1"),
+        ((*STREAM, "learner", "lora", "rank_pattern"), {"k_pro": 4}, r"rank_pattern: 'k_pro' fits no target"),
+        ((*STREAM, "learner", "lora", "alpha_pattern"), {"(q": 4}, r"alpha_pattern: '\(q' is no regular expression"),
+        ((*STREAM, "learner", "lora", "targets"), ["embed"], r"targets=embed: must be among q_proj,.*lm_head"),
+        ((*STREAM, "learner", "lora", "bottleneck"), -2, r"lora\.bottleneck=-2: .*greater than or equal to 0"),
+        ((*STREAM, "learner", "lora", "bottleneck_places"), ["head"], r"places=head: must be among attention,mlp"),
+        ((*STREAM, "learner", "lora", "nonlinearity"), "tanh", r"nonlinearity='tanh': .*'relu', 'gelu' or 'silu'"),
+        ((*STREAM, "learner", "lora", "use_dora"), True, r"use_dora: is refused: DoRA rescales"),
+        ((*STREAM, "learner", "precision"), "fp8", r"learner\.precision='fp8': .*'auto', 'fp32', 'bf16' or 'fp16'"),
+        ((*STREAM, "learner", "recompute"), "twice", r"learner\.recompute='twice'"),
         ((*STREAM, "ingest", "domains"), [], r"ingest\.domains=\[\]"),
         ((*STREAM, "colour"), "red", r"support-desk\.colour='red': unknown setting"),
         (("service", "api", "port"), 70000, r"service\.api\.port=70000: .*65535"),
