@@ -42,6 +42,12 @@ DORA_REFUSED = (
     "adapters here relies on an update being added to it; use rslora, a larger r, or a bottleneck"
 )
 
+# learner/continual.py divides the ranks of every update into the same groups.
+ONE_RANK = (
+    "continual=orthogonal: needs one rank everywhere and no bottleneck, so that a round has ranks of its own; "
+    "leave out lora.rank_pattern and lora.bottleneck, or take another way"
+)
+
 Value = TypeVar("Value", int, float)
 Patterns = Sequence[tuple[str, Value]]
 """peft's `rank_pattern` or `alpha_pattern`, in order: the first that fits a module's name decides."""

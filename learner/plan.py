@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from learner.errors import PlanError
-from learner.layout import BLOCK_PART, DORA_REFUSED, HEAD, check_settings, chosen, scaling
+from learner.layout import BLOCK_PART, DORA_REFUSED, HEAD, ONE_RANK, check_settings, chosen, scaling
 from privacy.accounting import calibrate, rdp, share_used
 from privacy.canonical import sha256_of
 
@@ -200,6 +200,12 @@ class RoundPlan(_Value):
         """What a record counts, in (0, 1]: the smallest declared share over its own; 1 where none is declared."""
         share = self.priors.get(label or "", self.priors.get(domain))
         return 1.0 if share is None else min(self.priors.values()) / share
+
+    @model_validator(mode="after")
+    def _ranks_of_its_own(self) -> Self:
+        if self.continual.method == "orthogonal" and (self.lora.rank_pattern or self.lora.bottleneck):
+            raise ValueError(ONE_RANK)
+        return self
 
     @property
     def plan_hash(self) -> str:

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from evaluation.policy import DEFAULT, Rule
-from learner.layout import BLOCK_PART, DORA_REFUSED, check_settings
+from learner.layout import BLOCK_PART, DORA_REFUSED, ONE_RANK, check_settings
 from tidegate.errors import ConfigError
 
 ENV_PREFIX = "TIDEGATE__"
@@ -225,6 +225,12 @@ class LearnerSettings(_Section):
                 "told apart, so that one clip bounds none of them; batches of like length save the padding instead"
             )
         return packing
+
+    @model_validator(mode="after")
+    def _ranks_of_its_own(self) -> LearnerSettings:
+        if self.continual == "orthogonal" and (self.lora.rank_pattern or self.lora.bottleneck):
+            raise ValueError(ONE_RANK)
+        return self
 
 
 class EvaluationSettings(_Section):

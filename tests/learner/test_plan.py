@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from learner.errors import PlanError
-from learner.plan import BlockAccount, LoraSettings, RoundPlan, StoppingSettings, plan_round
+from learner.plan import BlockAccount, ContinualSettings, LoraSettings, RoundPlan, StoppingSettings, plan_round
 from privacy.accounting import fits, rdp
 from privacy.canonical import canonical
 from tests.learner.rounds import account
@@ -176,6 +176,12 @@ def test_a_pattern_for_layers_that_are_not_adapted_is_refused_where_the_base_is_
 
     with pytest.raises(AdapterError, match=r"'layers\.0\.\.\*': fits no adapted layer"):
         trained_weights(tiny, LoraSettings(layers=2, rank_pattern={"layers.0..*": 2}))
+
+
+@pytest.mark.parametrize("lora", [LoraSettings(rank_pattern={"q_proj": 4}), LoraSettings(bottleneck=2)])
+def test_ranks_of_its_own_need_one_rank(lora):
+    with pytest.raises(ValueError, match="continual=orthogonal: needs one rank everywhere"):
+        planned([account()], lora=lora, continual=ContinualSettings(method="orthogonal"))
 
 
 def test_planning_imports_no_torch():

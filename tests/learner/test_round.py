@@ -276,7 +276,7 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits(tiny, tmp_path):
     theirs = PeftModel.from_pretrained(load_model(tiny), output.adapter_dir)
     lora = LoraModel(load_model(tiny), plan(tiny).lora, 1)
     lora.load(read_adapter(output.adapter_dir).weights)
-    halves = SplitModel(lora.model, lora.layers[0])
+    halves = SplitModel(lora.model, lora.lowest)
     for example in examples(tiny, 3):
         ids = padded([example.ids])
         with torch.no_grad():

@@ -114,7 +114,7 @@ def test_a_prefix_cache_over_its_bound_recomputes(tiny):
 
     made = examples(tiny, 6)
     lora, _ = private_step(tiny, made, settings=LoraSettings(r=4, layers=1))
-    halves = SplitModel(lora.model, lora.layers[0])
+    halves = SplitModel(lora.model, lora.lowest)
     whole, part = (PrefixCache(halves, [e.ids for e in made], size) for size in (1 << 30, 4000))
     whole.fill(range(6), 4096)
     part.fill(range(6), 64)

@@ -41,6 +41,14 @@ def test_a_lora_setting_can_be_overridden_too(params):
     assert resolved.settings.streams["support-desk"].learner.lora.r == 4
 
 
+def test_ranks_of_its_own_and_bottlenecks_do_not_go_together(params):
+    def change(raw):
+        raw["streams"]["support-desk"]["learner"] |= {"continual": "orthogonal", "lora": {"bottleneck": 4}}
+
+    with pytest.raises(ConfigError, match=r"learner=.*continual=orthogonal: needs one rank everywhere"):
+        load(params(change), {})
+
+
 def test_patterns_keep_their_order_on_the_way_to_a_plan(params):
     from tidegate.planning import plan_arguments
 
