@@ -1,7 +1,8 @@
 """What a model said to public questions, kept between evaluations, so that live and the base are asked once.
 
 An entry is named by everything the answer depends on: the adapter's sha256, what was asked (the prompts and labels of a
-gate set, by their sha256), and the version of how it is asked (base, system prompt, code). It is one file, written
+gate set, by their sha256; greedy answers are kept by prompt), and the version of how it is asked (base, system prompt,
+code). It is one file, written
 whole or not at all, readable by its owner only. One that is damaged is as good as none: what it held is asked again.
 
 Whoever may write these files may write the workspace's keys as well; they are no more trusted than that.
@@ -54,11 +55,11 @@ class Entry:
 
     Attributes:
         scores: of labels; None where none were asked for.
-        answers: greedy ones; None where none were asked for.
+        answers: greedy ones by their prompts; None where none were asked for.
     """
 
     scores: NDArray[np.float64] | None = None
-    answers: tuple[str, ...] | None = None
+    answers: Mapping[str, str] | None = None
 
 
 class Cache:
@@ -88,7 +89,7 @@ class Cache:
 
     def put(self, key: Mapping[str, Any], entry: Entry) -> None:
         """Keep an entry; a disk that is full costs nothing but the next evaluation's time."""
-        answers = None if entry.answers is None else list(entry.answers)
+        answers = None if entry.answers is None else dict(entry.answers)
         about = {"key": dict(key), "answers": answers, "sha256": _digest(entry)}
         arrays: dict[str, NDArray[Any]] = {"about": np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)}
         if entry.scores is not None:
@@ -115,12 +116,12 @@ class Cache:
 def _read(content: bytes) -> tuple[Entry, dict[str, Any]]:
     with np.load(BytesIO(content), allow_pickle=False) as kept:
         about = json.loads(kept["about"].tobytes())
-        answers = None if about["answers"] is None else tuple(map(str, about["answers"]))
+        answers = None if about["answers"] is None else dict(about["answers"])
         return Entry(kept.get("scores"), answers), {"key": about["key"], "sha256": about["sha256"]}
 
 
 def _digest(entry: Entry) -> str:
-    digest = sha256(json.dumps(entry.answers).encode())
+    digest = sha256(json.dumps(entry.answers, sort_keys=True).encode())
     if (scores := entry.scores) is not None:
         digest.update(repr((scores.shape, scores.dtype.str)).encode() + np.ascontiguousarray(scores).tobytes())
     return digest.hexdigest()

@@ -152,13 +152,11 @@ class Together:
 
     def _unanswered(self, adapter: str | None, prompts: tuple[str, ...], max_tokens: int) -> tuple[str, ...]:
         """Those prompts whose answers are not known, neither here nor on disk."""
-        known = self._answers.setdefault((adapter, max_tokens), {})
-        new = tuple(prompt for prompt in prompts if prompt not in known)
-        entry = self.cache.get(self._key(adapter, answers=_named(new), max_tokens=max_tokens)) if self.cache else None
-        if not new or entry is None or entry.answers is None or len(entry.answers) != len(new):
-            return new
-        known.update(zip(new, entry.answers, strict=True))
-        return ()
+        known = self._answers.get((adapter, max_tokens))
+        if known is None:
+            entry = self.cache.get(self._key(adapter, max_tokens=max_tokens)) if self.cache else None
+            known = self._answers[adapter, max_tokens] = dict(entry.answers or {}) if entry else {}
+        return tuple(prompt for prompt in prompts if prompt not in known)
 
     def _ask(
         self,
@@ -184,15 +182,12 @@ class Together:
                     key = self._key(adapter, scores=_named(prompts, labels), within=within)
                     self._keep(key, Entry(scores=one.scores))
             if tokens:
-                answers = [answer for answer in one.answers if answer is not None]
-                told = {
-                    prompt: answer for prompt, answer in zip(prompts, one.answers, strict=True) if answer is not None
-                }
-                self._answers.setdefault((adapter, tokens), {}).update(told)
-                if len(answers) == len(prompts):
-                    self._keep(
-                        self._key(adapter, answers=_named(prompts), max_tokens=tokens), Entry(answers=tuple(answers))
-                    )
+                known = self._answers.setdefault((adapter, tokens), {})
+                known.update(
+                    (prompt, said) for prompt, said in zip(prompts, one.answers, strict=True) if said is not None
+                )
+                if known:
+                    self._keep(self._key(adapter, max_tokens=tokens), Entry(answers=known))
 
     def _keep(self, key: Mapping[str, Any], entry: Entry) -> None:
         if self.cache:

@@ -12,14 +12,14 @@ from evaluation.cache import Cache, Entry
 
 KEY = {"adapter": "a" * 64, "asked": "b" * 64, "version": "1", "within": 0.01}
 SCORES = np.array([[-1.5, -2.25], [-0.1, float(np.nextafter(-7.0, 0))]])
-WHOLE = Entry(SCORES, ("refund", "Dónde 我 \n", ""))
+WHOLE = Entry(SCORES, {"where is it": "refund", "¿?": "Dónde 我 \n", "": ""})
 
 
 def same(one, other):
     return one is not None and one.answers == other.answers and np.array_equal(one.scores, other.scores)
 
 
-@pytest.mark.parametrize("entry", [WHOLE, Entry(scores=SCORES), Entry(answers=("x",)), Entry(answers=())])
+@pytest.mark.parametrize("entry", [WHOLE, Entry(scores=SCORES), Entry(answers={"x": "y"}), Entry(answers={})])
 def test_an_entry_comes_back_to_the_last_bit(tmp_path, entry):
     kept = Cache(tmp_path / "kept")
     assert kept.get(KEY) is None

@@ -21,6 +21,7 @@ POLICY = GatePolicy(
         Rule(metric="accuracy", bound=0.0),
         Rule(metric="accuracy", against="base", hard=False),
         Rule(metric="accuracy", slice="domain", against="live"),
+        Rule(name="some", metric="exact_match", hard=False, options={"samples": 5}),
         Rule(metric="exact_match", against="live"),
     ),
     samples_min=4,
