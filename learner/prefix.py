@@ -1,7 +1,7 @@
 """The two halves of a base model: what lies below the lowest adapted layer, and the rest.
 
 Autograd stops at the lowest adapted layer, so the activations entering it are constants of a record: computed once a
-round and kept, they spare every later step the lower layers. The cache holds them as computed, in their precision, so it changes nothing.
+round and kept, they spare every later step the lower layers. The cache holds them as computed, so it changes nothing.
 
 Sequences are padded on the right. Under causal attention a real token then never sees a padded one, and what padded
 positions produce is neither read nor differentiated: no padding mask is needed.

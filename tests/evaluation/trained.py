@@ -4,10 +4,11 @@ from pathlib import Path
 
 import torch
 
-from learner.adapter import weight_name, write_adapter
+from learner.adapter import write_adapter
 from learner.base import Base, load_model, load_tokenizer
+from learner.layout import weight_name
+from learner.plan import LoraSettings
 from learner.prompt import Renderer
-from tests.serving.adapters import Shape
 
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
 
@@ -47,4 +48,4 @@ def train(
             for letter in "AB":
                 weight = getattr(module, f"lora_{letter}")["default"].weight
                 weights[weight_name(layer, target, letter)] = weight.detach().clone()
-    return write_adapter(folder, Shape(r=8, alpha=16.0), weights, base)
+    return write_adapter(folder, LoraSettings(r=8, alpha=16.0), weights, base)

@@ -12,6 +12,7 @@ from learner.base import load_model
 from learner.lora import LoraModel
 from learner.plan import ALL_TARGETS, LoraSettings
 from learner.precision import DTYPES, fastest, probe
+from learner.prefix import PrefixCache, Spill, SplitModel
 from learner.step import Example, Limits
 from tests.learner.rounds import awake, examples, random_model, step_of, stream
 
@@ -78,6 +79,20 @@ def test_a_tiny_gradient_survives_fp16_and_a_large_one_beside_it_changes_nothing
     assert distance(rows("fp16", [0, 1, 2, 3])[2], exact) < 0.01
     monkeypatch.setattr("learner.step.FP16_SLOPE", 1e-12)
     assert float(rows("fp16", [2]).norm()) == 0.0
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_prefixes_that_spill_to_disk_keep_their_precision(tiny, tmp_path, precision):
+    made = examples(tiny, 6)
+    lora, _ = half(tiny, made, precision)
+    halves = SplitModel(lora.model, lora.lowest)
+    cache = PrefixCache(halves, [e.ids for e in made], 2000, spill=Spill(tmp_path, 1 << 20))
+    cache.fill(range(6), 64)
+    for index in range(6):
+        kept = cache.hidden([index])
+        assert kept.dtype == DTYPES[precision]
+        assert distance(kept.float(), halves.lower(torch.tensor([made[index].ids])).float()) < 0.02
+    assert cache.hidden(range(6)).dtype == DTYPES[precision]
 
 
 def test_the_probe_times_each_precision_and_half_must_be_worth_it():
