@@ -181,11 +181,20 @@ def twin(world: World, plan: RoundPlan, base, folder: Path) -> str:
     ).adapter_sha256
 
 
-def account(world: World, base, folder: Path, rounds: int) -> list[str]:
+def ended_rounds(world: World) -> list[str]:
+    """Ids of the rounds that have ended: also of one that was killed after its last file was written."""
+    return sorted(file.parent.name for file in world.root.glob("rounds/*/ended.json"))
+
+
+def account(world: World, base, folder: Path) -> list[str]:
     """What is wrong with the rounds of a workspace; nothing, if each ended once, was charged once, and is its twin."""
     service, wrong = world.service(), []
     rows = service.ledger.rows(STREAM)
-    names = [f"{STREAM}-r{number:04d}" for number in range(1, rounds + 1)]
+    # A number may be missing: a folder that a crash left before its plan was written is not used again.
+    names = ended_rounds(world)
+    begun = sorted(file.parent.name for file in world.root.glob("rounds/*/plan.json"))
+    if begun != names:
+        wrong.append(f"rounds: {begun} were begun, {names} ended")
     found = [(row.round_id, row.attempt, row.state) for row in rows]
     expected = [(name, 1, state) for name in names for state in ("reserved", "started", "committed")]
     if found != expected:
@@ -217,7 +226,6 @@ def run(folder: Path, base, kills: int, seed: int, say=lambda _text: None) -> Fi
     if forked(world, {"kill_at": None, "after": None}, log) != 0:
         raise RuntimeError(Path(f"{log}.out").read_text())
     whole = len(moments_of(log))
-    figures.rounds = 1
     while True:
         left = kills - sum(figures.kills.values())
         order = {"kill_at": None, "after": None}
@@ -231,15 +239,15 @@ def run(folder: Path, base, kills: int, seed: int, say=lambda _text: None) -> Fi
             where = seen[-1] if seen else "start"
             figures.kills[where if order["kill_at"] else "from outside"] += 1
             count = sum(figures.kills.values())
-            say(f"kill {count} of {kills}, round {figures.rounds + 1}, at moment {len(seen)}: {where}")
+            say(f"kill {count} of {kills}, round {len(ended_rounds(world)) + 1}, at moment {len(seen)}: {where}")
         elif code == 0:
-            figures.rounds += 1
             if not left:
                 break
         else:
             figures.wrong.append(f"a round ended with code {code}: {Path(f'{log}.out').read_text()[-2000:]}")
             break
-    figures.wrong += account(world, base, folder / "twins", figures.rounds)
+    figures.rounds = len(ended_rounds(world))
+    figures.wrong += account(world, base, folder / "twins")
     return figures
 
 
