@@ -1,255 +1,220 @@
-"""One training step, five ways, on the same records and LoRA targets: CPU time, interleaved, medians with their spread.
+"""One training step of a LoRA adapter, eight ways, on the same records and LoRA targets: CPU time and peak memory.
 
-`make bench-learner` prints a table and writes bench/results/learner.json. Ratios are what to look at: a shared machine
-moves all five together. One thread, because a waiting OpenMP thread burns CPU time that no step asked for.
+`make bench-learner` prints a table and writes bench/results/learner.json. The ways (bench/peers/steps.py):
+
+    private           the product's step: Poisson draw, per-sample gradients, clip, noise, AdamW
+    own_plain         the same buckets, fused LoRA, completion-only logits, short last layer and flat AdamW, no privacy
+    prefix            private, with the inputs of the lowest adapted layer computed once a round and kept
+    trainer           peft with transformers' Trainer, records in random order (its default)
+    grouped_trainer   the same with train_sampling_strategy="group_by_length"
+    trl               peft with TRL's SFTTrainer
+    opacus_hooks      peft under Opacus' GradSampleModule and DPOptimizer
+    opacus_ghost      peft under Opacus' ghost clipping
+
+All have the same base in fp32 with sdpa attention, r 16 on every linear layer of the upper third of the layers (10 of
+30), the same 256 training records of CLINC150 (without them: of the example stream), none cut, the loss on the
+completion alone, 64 records a step and one thread. The trainers neither evaluate, log nor save, and are timed from step
+to step, so that their start is not counted; TRL's gradient checkpointing is off. The peers' physical batches have 16
+rows, the Trainer's fastest here; ours are the product's defaults.
+
+Each way is a process of its own. They take their steps in turn, so that a busy machine slows all of them; a ratio is
+that of the CPU seconds spent on one pass over the records, its spread is half the range of the ratios of single steps.
+Memory is what a process adds at its peak to the imported libraries and the loaded base. `prefix_round_over_trainer` is
+a round of 50 steps at a rate of a quarter, as `fill + 50 steps` over `50 steps` of the Trainer.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # Python puts this folder first, where this very file would stand in for the package `learner`.
 sys.path[0] = str(ROOT)
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-
-from learner.adapter import BLOCK_PART  # noqa: E402
-from learner.base import EMBEDDED, Base, load_model, load_tokenizer, prepare_base  # noqa: E402
-from learner.lora import LoraModel  # noqa: E402
-from learner.optimiser import FlatAdamW  # noqa: E402
-from learner.plan import LoraSettings, OptimiserSettings  # noqa: E402
-from learner.prefix import PrefixCache, SplitModel, padded  # noqa: E402
+from learner.base import EMBEDDED, Base, load_tokenizer, prepare_base  # noqa: E402
 from learner.prompt import Renderer  # noqa: E402
-from learner.sampling import Unit, split  # noqa: E402
-from learner.step import Example, Limits, Mechanism, PrivateStep, completions, loss_gradient  # noqa: E402
-from privacy.randomness import KeyedStream, TestKey  # noqa: E402
 from tests.tiny import tiny_base  # noqa: E402
 
-ROWS = 32
-LIMITS = Limits(tokens_max=1024, rows_max=16)
-REPEATS = {"tiny": 7, "135M": 4}
-OPTIMISER = OptimiserSettings()
-SENTENCES = (
-    "where is my new card",
-    "i was charged twice for the same order, can you check what happened and refund one of them please",
-    "freeze my account",
-    "what is the exchange rate for euros at the moment and is there a fee for paying abroad",
-    "my transfer has not arrived after three days",
-    "change the pin",
-    "how do i close the joint account that i opened with my brother last summer",
-    "is there a limit on how much cash i can take out in a day",
+RECORDS = 256
+BATCH = 64
+ROUND_STEPS = 50
+# Where a percent matters more than elsewhere, a way takes more steps a turn.
+OURS = ("private", "own_plain")
+TURN = (
+    *(*OURS, "trainer", "prefix"),
+    *(*OURS, "grouped_trainer", "trl"),
+    *(*OURS, "opacus_hooks", "opacus_ghost"),
 )
+RATIOS = {
+    "private_over_own_plain": "own_plain",
+    "private_over_trainer": "trainer",
+    "private_over_grouped_trainer": "grouped_trainer",
+    "private_over_trl": "trl",
+    "private_over_opacus_hooks": "opacus_hooks",
+    "private_over_opacus_ghost": "opacus_ghost",
+}
+TARGETS = {
+    "private_over_own_plain": 1.03,
+    "private_over_trainer": 0.6,
+    "private_over_grouped_trainer": 0.8,
+    "private_over_opacus_hooks": 0.6,
+    "memory_over_trainer": 1.0,
+    "prefix_round_over_trainer": 0.35,
+}
 
 
-class Ours:
-    """The product's step, with or without the prefix cache."""
+class Process:
+    """One way in its own process."""
 
-    def __init__(self, base: Base, made: list[Example], settings: LoraSettings, *, cached: bool) -> None:
-        lora = LoraModel(load_model(base), settings, LIMITS.rows_max)
-        lora.start_fresh(1)
-        halves = SplitModel(lora.model, lora.layers[0])
-        cache = PrefixCache(halves, [e.ids for e in made], (1 << 30) if cached else 0)
-        cache.fill(range(len(made)), LIMITS.tokens_max)
-        units = [Unit(1.0, (i,)) for i in range(len(made))]  # rate 1: everybody draws the same records
-        self._step = PrivateStep(lora, halves, cache, made, units, Mechanism(1.0, 1.0, len(made)), LIMITS)
-        self._optimiser = FlatAdamW(lora.theta, OPTIMISER, 100)
-        self._number = 0
-
-    def __call__(self) -> None:
-        stream = KeyedStream(TestKey(1), {"plan": "bench"}, self._number)
-        self._optimiser.step(self._step.gradient(stream), self._number)
-        self._number += 1
-
-
-class PlainLora(nn.Module):
-    """LoRA by plain autograd: one gradient for the whole batch."""
-
-    def __init__(self, base: nn.Linear, settings: LoraSettings) -> None:
-        super().__init__()
-        self.base, self.scale = base, settings.scale
-        self.a = nn.Parameter(torch.randn(settings.r, base.in_features) / base.in_features**0.5)
-        self.b = nn.Parameter(torch.zeros(base.out_features, settings.r))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base(x) + self.scale * (x @ self.a.T) @ self.b.T
-
-
-class OursPlain:
-    """The same buckets, completion-only logits and split model, but no per-sample gradients, clip or noise."""
-
-    def __init__(self, base: Base, made: list[Example], settings: LoraSettings) -> None:
-        model = load_model(base)
-        indices = settings.layer_indices(len(model.model.layers))
-        for index in indices:
-            for target in settings.targets:
-                part = getattr(model.model.layers[index], BLOCK_PART[target])
-                setattr(part, target, PlainLora(getattr(part, target), settings))
-        self._made = made
-        self._halves = SplitModel(model, indices[0])
-        self._units = [Unit(1.0, (i,)) for i in range(len(made))]
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        self._optimiser = torch.optim.AdamW(parameters, lr=OPTIMISER.learning_rate)
-
-    def __call__(self) -> None:
-        self._optimiser.zero_grad()
-        lengths = [len(e.ids) for e in self._made]
-        every = range(len(self._made))
-        for batch in split(every, self._units, lengths, tokens_max=LIMITS.tokens_max, rows_max=LIMITS.rows_max):
-            made = [self._made[i] for i in batch.examples]
-            row, column, position, target, weight = completions(made)
-            positions = torch.zeros(len(made), int(column.max()) + 1, dtype=torch.long)
-            positions[row, column] = position
-            hidden = self._halves.upper(self._halves.lower(padded([e.ids for e in made])), positions)
-            normed = self._halves.norm(hidden[row, column])
-            normed.backward(loss_gradient(normed.detach(), self._halves.head, target, weight / len(self._made)))
-        self._optimiser.step()
-
-
-class Peft:
-    """A peft model in record order with full logits, as a training loop without privacy has it."""
-
-    def __init__(self, base: Base, made: list[Example], settings: LoraSettings) -> None:
-        from peft import LoraConfig, get_peft_model
-
-        model = load_model(base)
-        config = LoraConfig(
-            r=settings.r,
-            lora_alpha=settings.alpha,
-            target_modules=list(settings.targets),
-            layers_to_transform=list(settings.layer_indices(len(model.model.layers))),
-            layers_pattern="layers",
+    def __init__(self, way: str, base: Base, layers: int, examples: Sequence[tuple[Sequence[int], int]]) -> None:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.peers.steps"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
-        self._model = self._wrap(get_peft_model(model, config).train())
-        self._batches = [self._batch(made[i : i + LIMITS.rows_max]) for i in range(0, len(made), LIMITS.rows_max)]
-        self._parameters = [p for p in self._model.parameters() if p.requires_grad]
-        self._optimiser = torch.optim.AdamW(self._parameters, lr=OPTIMISER.learning_rate)
+        self._say(
+            json.dumps(
+                {"way": way, "base": str(base.path), "layers": layers, "examples": list(examples), "batch": BATCH}
+            )
+        )
+        self.spent: list[float] = []
 
-    def _wrap(self, model: nn.Module) -> nn.Module:
-        return model
+    def ready(self) -> float:
+        """CPU seconds of filling the prefix cache."""
+        return self._heard("fill_s")
 
-    @staticmethod
-    def _batch(made: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = padded([e.ids for e in made])
-        labels = torch.full_like(ids, -100)
-        for i, e in enumerate(made):
-            labels[i, e.completion_start : len(e.ids)] = ids[i, e.completion_start : len(e.ids)]
-        return ids, labels
+    def step(self) -> None:
+        self._say("step")
+        self.spent.append(self._heard("cpu_s"))
 
-    def _backward(self, ids: torch.Tensor, labels: torch.Tensor) -> None:
-        positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
-        logits = self._model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, :-1]
-        losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none").sum(1)
-        (losses / (labels != -100).sum(1)).sum().backward()
+    def end(self) -> float:
+        """Peak memory in bytes."""
+        self._say("end")
+        heard = self._heard("memory_bytes")
+        self._process.communicate(timeout=60)
+        return heard
 
-    def __call__(self) -> None:
-        self._optimiser.zero_grad()
-        for ids, labels in self._batches:
-            self._backward(ids, labels)
-        self._optimiser.step()
+    def _say(self, line: str) -> None:
+        assert self._process.stdin
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
 
-
-class Opacus(Peft):
-    """The same under Opacus' hooks, with a flat clip of 1 and Gaussian noise."""
-
-    def _wrap(self, model: nn.Module) -> nn.Module:
-        from opacus import GradSampleModule
-
-        wrapped: nn.Module = GradSampleModule(model, loss_reduction="sum")
-        return wrapped
-
-    def __call__(self) -> None:
-        total = [torch.zeros_like(p) for p in self._parameters]
-        for ids, labels in self._batches:
-            self._backward(ids, labels)
-            squares = sum(p.grad_sample.flatten(1).square().sum(1) for p in self._parameters)
-            factor = (1.0 / (squares.sqrt() + 1e-6)).clamp(max=1.0)
-            for part, p in zip(total, self._parameters, strict=True):
-                part.add_(torch.einsum("i,i...->...", factor, p.grad_sample))
-                p.grad_sample = p.grad = None
-        for part, p in zip(total, self._parameters, strict=True):
-            p.grad = (part + torch.randn_like(part)) / ROWS
-        self._optimiser.step()
+    def _heard(self, fact: str) -> float:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a way ended with {self._process.wait()}; what it said stands above")
+        return float(json.loads(line)[fact])
 
 
-def examples(base: Base) -> list[Example]:
+def examples(base: Base) -> list[tuple[list[int], int]]:
+    """Token ids and completion start of every so-many-th training record, so that all domains are among them."""
+    path = ROOT.parent / "shared" / "data" / "clinc150" / "train.jsonl"
+    if not path.exists():
+        path = ROOT / "examples" / "support-desk.jsonl"
+    lines = path.read_text().splitlines()
+    records = [json.loads(lines[i * len(lines) // RECORDS]) for i in range(RECORDS)]
+    # Every step of 64 then is a sample of all domains, too.
+    steps = RECORDS // BATCH
+    records = [record for first in range(steps) for record in records[first::steps]]
     renderer = Renderer(load_tokenizer(base), "")
-    made = []
-    for i in range(ROWS):
-        ids, start = renderer.example(SENTENCES[i % len(SENTENCES)], SENTENCES[(3 * i) % len(SENTENCES)][:14])
-        made.append(Example(tuple(ids), start))
-    return made
+    return [renderer.example(record["prompt"], record["completion"]) for record in records]
 
 
-def measure(base: Base, settings: LoraSettings, repeats: int) -> dict[str, list[float]]:
-    """CPU seconds of each step, all ways in turn; the first turn warms up and is not counted."""
+def measure(base: Base, layers: int, turn: Sequence[str], turns: int) -> dict[str, float]:
+    """All figures of one base."""
     made = examples(base)
-    ways = {
-        "ours_private_prefix_cached": Ours(base, made, settings, cached=True),
-        "ours_private": Ours(base, made, settings, cached=False),
-        "ours_plain": OursPlain(base, made, settings),
-        "peft_plain": Peft(base, made, settings),
-        "opacus_hooks": Opacus(base, made, settings),
-    }
-    spent: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repeats + 1):
-        for name, way in ways.items():
-            begin = time.process_time()
-            way()
-            if turn:
-                spent[name].append(time.process_time() - begin)
-    return spent
+    names = list(dict.fromkeys(turn))
+    ways: dict[str, Process] = {}
+    fill_s = 0.0
+    for name in names:
+        ways[name] = Process(name, base, layers, made)
+        fill_s = max(fill_s, ways[name].ready())
+    for _ in range(turns):
+        for name in turn:
+            ways[name].step()
+    memory = {name: way.end() for name, way in ways.items()}
+    return figures({name: way.spent for name, way in ways.items()}, memory, fill_s)
 
 
-def ratios(spent: dict[str, list[float]]) -> dict[str, float]:
-    """Figures by name: medians of the ratios within one turn, and their spread (half the range)."""
-    figures = {}
-    pairs = {
-        "private_over_own_plain": ("ours_private", "ours_plain"),
-        "private_over_peft_plain": ("ours_private", "peft_plain"),
-        "private_over_opacus_hooks": ("ours_private", "opacus_hooks"),
-        "cached_over_peft_plain": ("ours_private_prefix_cached", "peft_plain"),
-        "opacus_hooks_over_peft_plain": ("opacus_hooks", "peft_plain"),
-    }
-    for name, (upper, lower) in pairs.items():
-        each = [a / b for a, b in zip(spent[upper], spent[lower], strict=True)]
-        figures[name] = round(statistics.median(each), 3)
-        figures[f"{name}_spread"] = round((max(each) - min(each)) / 2, 3)
+def figures(spent: Mapping[str, Sequence[float]], memory: Mapping[str, float], fill_s: float) -> dict[str, float]:
+    """Figures by name; a spread is half the range over steps (where one way took more of them: over turns)."""
+    out: dict[str, float] = {}
+    for name, other in RATIOS.items():
+        if other in spent:
+            out |= compared(name, spent["private"], spent[other], 0.0)
+    out["memory_over_trainer"] = round(memory["private"] / memory["trainer"], 3)
+    out |= compared("prefix_round_over_trainer", spent["prefix"], spent["trainer"], fill_s / ROUND_STEPS)
+    out["prefix_fill_cpu_s"] = round(fill_s, 3)
     for name, seconds in spent.items():
-        figures[f"{name}_cpu_s"] = round(statistics.median(seconds), 4)
-    return figures
+        out[f"{name}_step_cpu_s"] = round(statistics.mean(seconds), 4)
+    for name, size in memory.items():
+        out[f"{name}_memory_mb"] = round(size / 1e6)
+    return out
+
+
+def compared(name: str, upper: Sequence[float], lower: Sequence[float], extra_s: float) -> dict[str, float]:
+    """Ratio of the means, and its spread; `extra_s` is added to each upper step."""
+    rate = len(upper) // len(lower)
+    grouped = [statistics.mean(upper[i * rate : (i + 1) * rate]) for i in range(len(lower))]
+    each = [(a + extra_s) / b for a, b in zip(grouped, lower, strict=True)]
+    ratio = (statistics.mean(upper) + extra_s) / statistics.mean(lower)
+    return {name: round(ratio, 3), f"{name}_spread": round((max(each) - min(each)) / 2, 3)}
+
+
+def table(results: Mapping[str, Mapping[str, float]]) -> str:
+    first = next(iter(results.values()))
+    lines = [f"{f'one step of {BATCH} records, one thread':38s}" + "".join(f"{name:>18s}" for name in results)]
+    for figure in (f for f in first if not f.endswith("_spread")):
+        cells = []
+        for result in results.values():
+            spread = f" ± {result[f'{figure}_spread']:.3f}" if f"{figure}_spread" in result else " " * 8
+            cells.append(f"{result[figure]:>10.3f}{spread}" if figure in result else " " * 18)
+        target = f"   to reach on 135M: {TARGETS[figure]}" if figure in TARGETS else ""
+        lines.append(f"{figure:38s}" + "".join(cells) + target)
+    return "\n".join(lines)
 
 
 def main() -> None:
-    import warnings
-
-    # torch tells Opacus' users that the lowest hook sees no input gradient, which is right: what lies below is frozen.
-    warnings.filterwarnings("ignore", message="Full backward hook is firing")
-    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", choices=["tiny", "135M"], action="append", help="only this base; nothing is written")
+    parser.add_argument("--layers", type=int, help="adapted layers of the 135M base; nothing is written")
+    parser.add_argument("--ways", nargs="+", choices=sorted(set(TURN)), help="only these; nothing is written")
+    parser.add_argument("--turns", type=int, default=RECORDS // BATCH, help="4 are one pass; other: nothing is written")
+    chosen = parser.parse_args()
+    partial = chosen.base or chosen.layers or chosen.ways or chosen.turns != RECORDS // BATCH
+    turn = tuple(way for way in TURN if not chosen.ways or way in chosen.ways)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        bases = {
-            "tiny": (tiny_base(Path(folder)), LoraSettings(layers=1)),
-            "135M": (prepare_base(EMBEDDED, ROOT / "workspace" / "bases"), LoraSettings(layers=6)),
-        }
-        for name, (base, settings) in bases.items():
-            results[name] = ratios(measure(base, settings, REPEATS[name]))
-    print(f"{'CPU time of one step of ' + str(ROWS) + ' records':44s}" + "".join(f"{name:>16s}" for name in results))
-    for figure in (f for f in results["tiny"] if not f.endswith("_spread")):
-        row = "".join(
-            f"{r[figure]:>9.3f}" + (f" ± {r[f'{figure}_spread']:.2f}" if f"{figure}_spread" in r else " " * 7)
-            for r in results.values()
-        )
-        print(f"{figure:44s}{row}")
-    out = ROOT / "bench" / "results" / "learner.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(results, indent=2) + "\n")
+        if "tiny" in (chosen.base or ["tiny"]):
+            results["tiny"] = measure(tiny_base(Path(folder)), 1, turn, chosen.turns)
+        if "135M" in (chosen.base or ["135M"]):
+            base = prepare_base(EMBEDDED, ROOT / "workspace" / "bases")
+            results["135M"] = measure(base, chosen.layers or 10, turn, chosen.turns)
+    print(table(results))
+    if not partial:
+        out = ROOT / "bench" / "results" / "learner.json"
+        out.parent.mkdir(exist_ok=True)
+        out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class Speed:
             whose purpose is to repeat bit for bit elsewhere. A resumed round uses what it began with.
         recompute: whether backward runs layers again instead of keeping their activations.
         checkpoint_steps: a crash repeats at most this many steps.
-        tokens_max: padded tokens in a physical batch. 2048 of them fill both cores and stay near the caches.
+        tokens_max: padded tokens in a physical batch: most of a step's memory is what their backward pass keeps.
         rows_max: examples in a physical batch, where the buffer allows it.
         buffer_bytes_max: memory of the per-sample gradients.
         prefix_bytes_max: memory of the prefix cache.
@@ -73,9 +73,9 @@ class Speed:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     recompute: Recompute = "none"
     checkpoint_steps: int = 5
-    tokens_max: int = 2048
-    rows_max: int = 64
-    buffer_bytes_max: int = 512 << 20
+    tokens_max: int = 1024
+    rows_max: int = 32
+    buffer_bytes_max: int = 256 << 20
     prefix_bytes_max: int = 2 << 30
     prefix_disk_bytes_max: int = 0
     prefixes: MutableMapping[tuple[int, ...], torch.Tensor] | None = None
