@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -284,7 +285,7 @@ class Lines:
         self.train, self.test, self.answers = data_of(setup, data)
         self._adapters = build / setup.digest
         self._prefixes = Prefixes(build / f"prefixes-{base.sha256[:12]}-{setup.layers}")
-        self._scorers: dict[str, Any] = {}
+        self._scorer: Any = None
 
     def run(self, job: Job) -> dict[str, Any]:
         """One line of the results."""
@@ -341,22 +342,23 @@ class Lines:
         from serving.forward import resident_from
         from serving.scoring import Scorer
 
-        if not self._scorers:
+        if self._scorer is None:
             from learner.prompt import Renderer
             from serving.forward import Decoder
 
             self._renderer = Renderer(load_tokenizer(self.base), "")
             self._decoder = Decoder(self.base)
-        scorer = self._scorers.setdefault(domain, Scorer(self._decoder))
-        adapter = resident_from(self._adapters / job.name / "adapter", job.name, self.base) if job else None
+            self._scorer = Scorer(self._decoder, frozenset())
+        place = self._adapters / job.name / "adapter" if job else None
+        adapter = resident_from(place, job.name, self.base, self._decoder.depth) if job and place else None
         records = self.test[domain]
         scores = np.empty((len(records), len(self.answers)))
         prompts = [self._renderer.prompt_ids(record.prompt) for record in records]
         labels = [self._renderer.completion_ids(answer) for answer in self.answers]
-        # Nothing below is changed by any round, whose inputs the scorer keeps.
-        boundary = LoraSettings(layers=self.setup.layers).layer_indices(self._decoder.depth)[0]
-        for rows, found in scorer.scores(adapter, boundary, prompts, labels):
-            scores[list(rows)] = found
+        # Every label to its end: the likeliest of a domain's own need not be near the likeliest of all.
+        for some in self._scorer.ask([adapter], prompts, labels, within=math.inf, max_tokens=[0]):
+            for found in some:
+                scores[list(found.rows)] = found.values
         own = np.isin(self.answers, [record.completion for record in self.train[domain]])
         truth = np.array([self.answers.index(record.completion) for record in records])
         among_own = np.where(own, scores, -np.inf)
