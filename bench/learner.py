@@ -15,7 +15,7 @@ All have the same base in fp32 with sdpa attention, r 16 on every linear layer o
 30), the same 256 training records of CLINC150 (without them: of the example stream), none cut, the loss on the
 completion alone, 64 records a step and one thread. The trainers neither evaluate, log nor save, and are timed from step
 to step, so that their start is not counted; TRL's gradient checkpointing is off. The peers' physical batches have 16
-rows, the Trainer's fastest here; ours are the product's defaults.
+rows; ours are the product's defaults.
 
 Each way is a process of its own. They take their steps in turn, so that a busy machine slows all of them; a ratio is
 that of the CPU seconds spent on one pass over the records, its spread is half the range of the ratios of single steps.

@@ -42,7 +42,7 @@ class SplitModel:
     Args:
         model: the model, with what is trained injected.
         lowest: the first layer of the upper part.
-        recompute: both kinds of running a layer again give the very same gradients, for a third more time.
+        recompute: both kinds of running a layer again give the very same gradients, for less memory and more time.
 
     Raises:
         RoundError: the model's attention is not plain causal sdpa (its mask would be left out silently).

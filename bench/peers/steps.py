@@ -35,8 +35,7 @@ from learner.step import Example, Limits, Mechanism, PrivateStep, completions, l
 from privacy.randomness import KeyedStream, TestKey
 
 OPTIMISER = OptimiserSettings()
-# Rows of a physical batch of the peers: the fastest of 8, 16, 32 and 64 for the Trainer in random order on this
-# project's machine (more rows pad more, fewer rows make thinner products).
+# Rows of a physical batch of the peers: more of them pad more, fewer make thinner products.
 PEER_ROWS = 16
 IGNORED = -100  # the label that every library leaves out of the loss
 
