@@ -454,8 +454,8 @@ def run(folder: Path, kafka: ApacheKafka, size: Size, say: Callable[[str], None]
         thread.start()
     while any(thread.is_alive() for thread in drivers):
         drivers[0].join(1) if drivers[0].is_alive() else drivers[-1].join(1)
-        if soak.plans:
-            soak.feed(size.records, size.kills)
+        # To the end: the last child, too, can only die at its step if it has something to read.
+        soak.feed(size.records, size.kills)
         say(_progress(soak, size, began))
     over.set()
     breaker.join()

@@ -17,7 +17,7 @@ from tests.kafka_servers import ApacheKafka
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value will soon:DeprecationWarning")
 
-SMALL = Size(records=6000, kills=10, stops=1, broker_kills=0, partitions=4, block_offsets=300, seconds_max=300)
+SMALL = Size(records=6000, kills=6, stops=1, broker_kills=0, partitions=4, block_offsets=300, seconds_max=300)
 
 
 def _soak(folder: Path, kafka: ApacheKafka, size: Size, topic: str) -> None:
