@@ -5,6 +5,7 @@ Everything but registering speaks MLflow's REST API by itself: serving polls `ve
 are MLflow's own: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN.
 """
 
+import json
 import os
 import re
 import shutil
@@ -36,6 +37,28 @@ _PAGE_ROWS = 10_000
 # Column width of MLflow's model_versions.description: PostgreSQL refuses more.
 DESCRIPTION_CHARS_MAX = 5000
 _EVIDENCE = "evidence"
+# The same of datasets.digest.
+_DIGEST_CHARS_MAX = 36
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a run read, as MLflow lists it among the run's inputs.
+
+    Attributes:
+        context: what it was read for: training, gates.
+        revision: whole; MLflow's digest is its beginning.
+        kind: of its source: one word.
+        source: where it is to be found; the same for every run that read this revision, since MLflow keeps one.
+        tags: more about how this run read it.
+    """
+
+    name: str
+    context: str
+    revision: str
+    kind: str
+    source: Mapping[str, str]
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,9 +69,10 @@ class Candidate:
         model: registered model; made when it does not exist.
         adapter_dir: folder with the adapter's files.
         tags: the version's tags, set in the same request that makes it.
-        description_md: markdown; a link or image naming one of `artifacts` is pointed at it.
+        description_md: markdown; an image naming one of `artifacts` is pointed at it, a link at its page in MLflow.
         artifacts: evidence by file name, kept in the version's run.
         metrics: numbers of the run. `params`: settings of the run.
+        datasets: inputs of the run.
     """
 
     model: str
@@ -60,6 +84,7 @@ class Candidate:
     artifacts: Mapping[str, bytes] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     params: Mapping[str, str] = field(default_factory=dict)
+    datasets: tuple[Dataset, ...] = ()
 
 
 class MlflowStore:
@@ -303,6 +328,7 @@ def _register(uri: str, candidate: Candidate) -> int:
             metrics=[Metric(key, float(value), at_ms, 0) for key, value in candidate.metrics.items()],
             params=[Param(key, str(value)) for key, value in candidate.params.items()],
         )
+        client.log_inputs(run_id, [_input(dataset) for dataset in candidate.datasets])
         with tempfile.TemporaryDirectory() as folder:
             for name, content in candidate.artifacts.items():
                 (Path(folder) / name).write_bytes(content)
@@ -320,7 +346,7 @@ def _register(uri: str, candidate: Candidate) -> int:
             f"models:/{logged.model_id}",
             run_id=run_id,
             tags=dict(candidate.tags),
-            description=_describe(candidate, run_id),
+            description=_describe(candidate, experiment_id, run_id),
             model_id=logged.model_id,
             await_creation_for=0,
         )
@@ -337,16 +363,39 @@ def _ensure_model(client: Any, model: str) -> None:
             raise
 
 
-def _describe(candidate: Candidate, run_id: str) -> str:
-    """The description with links to artifacts by name turned into links MLflow's page can load."""
+def _input(dataset: Dataset) -> Any:
+    """A dataset as MLflow's client takes it. The source is the same for every run: (name, digest) is its key."""
+    from mlflow.entities import Dataset as Entity
+    from mlflow.entities import DatasetInput, InputTag
+
+    entity = Entity(
+        name=dataset.name,
+        digest=dataset.revision[:_DIGEST_CHARS_MAX],
+        source_type=dataset.kind,
+        source=json.dumps(dict(dataset.source), sort_keys=True),
+        profile=json.dumps({"revision": dataset.revision}),
+    )
+    tags = {"mlflow.data.context": dataset.context, **{f"tidegate.{key}": told for key, told in dataset.tags.items()}}
+    return DatasetInput(entity, [InputTag(key, told) for key, told in tags.items()])
+
+
+def _describe(candidate: Candidate, experiment_id: str, run_id: str) -> str:
+    """The description with artifacts by name turned into what MLflow's page can load, or open.
+
+    A browser gets artifacts as downloads (MLflow's guard against scripts in them), so a link leads to the run's page,
+    which shows them.
+    """
 
     def target(match: re.Match[str]) -> str:
-        name = match.group(1)
+        image, said, name = match.groups()
         if name not in candidate.artifacts:
             return match.group(0)
-        return f"](get-artifact?path={_EVIDENCE}/{quote(name)}&run_uuid={run_id})"
+        path = f"{_EVIDENCE}/{quote(name)}"
+        if image:
+            return f"![{said}](get-artifact?path={path}&run_uuid={run_id})"
+        return f"[{said}](#/experiments/{experiment_id}/runs/{run_id}/artifacts/{path})"
 
-    text = re.sub(r"\]\(([^)\s]+)\)", target, candidate.description_md)
+    text = re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", target, candidate.description_md)
     if len(text) <= DESCRIPTION_CHARS_MAX:
         return text
     note = f"\n\n(Cut here; the whole report is in the run's artifacts, folder `{_EVIDENCE}`.)"

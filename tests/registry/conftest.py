@@ -10,12 +10,16 @@ import pytest
 
 from learner.adapter import adapter_sha256
 from privacy.signing import SigningKey
-from registry.mlflow_store import Candidate, MlflowStore
+from registry.mlflow_store import Candidate, Dataset, MlflowStore
 from registry.server import MlflowServer
 
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c63f8cfc0f01f00"
     "050001ff89993d1d0000000049454e44ae426082"
+)
+DATASETS = (
+    Dataset("desk blocks", "training", "d" * 39 + "e", "dvc", {"revision": "d" * 39 + "e"}, {"blocks": "3"}),
+    Dataset("desk gate set", "gates", "9" * 63 + "8", "gate-set", {"name": "desk"}),
 )
 _seeds = itertools.count(1)
 
@@ -70,10 +74,11 @@ class World:
                 adapter_dir=folder,
                 tags=given | {"tidegate.round_id": round_id, "tidegate.attempt": "1"},
                 description_md="## Verdict: passed\n\n| gate | value |\n|---|---|\n| accuracy | 0.83 |\n\n"
-                "![accuracy per domain](accuracy.png)\n",
-                artifacts={"accuracy.png": PNG},
+                "![accuracy per domain](accuracy.png)\n\n[The whole report](report.html)\n",
+                artifacts={"accuracy.png": PNG, "report.html": b"<!DOCTYPE html><title>passed</title>"},
                 metrics={"accuracy": 0.83},
                 params={"sigma": "0.98"},
+                datasets=DATASETS,
             )
         )
         if given.get("tidegate.state") == "candidate":

@@ -1,9 +1,12 @@
+import json
+import re
 import socket
 import subprocess
 import sys
 import time
 
 import pytest
+import requests
 
 from registry.approvals import Approvals
 from registry.errors import PromotionRefused, RegistryError, RegistryUnavailable
@@ -84,6 +87,41 @@ def test_a_version_comes_whole_with_its_evidence(unguarded, tmp_path):
     from learner.adapter import adapter_sha256
 
     assert adapter_sha256(fetched) == sha
+
+
+def test_the_report_opens_from_the_version_s_page(unguarded):
+    unguarded.candidate("linked")
+    (found,) = unguarded.store.versions("linked")
+    link = re.search(
+        r"\[The whole report\]\((#/experiments/\d+/runs/(\w+)/artifacts/(evidence/report\.html))\)", found.description
+    )
+    assert link.group(2) == found.run_id
+    # The server answers the page of the interface for whatever stands behind `#`, which then asks for the file.
+    url = unguarded.store._uri
+    opened = requests.get(f"{url}/{link.group(1)}", timeout=10)
+    file = requests.get(f"{url}/get-artifact", params={"path": link.group(3), "run_uuid": found.run_id}, timeout=10)
+    assert (opened.status_code, file.status_code) == (200, 200)
+    assert "text/html" in opened.headers["content-type"]
+    assert file.content == b"<!DOCTYPE html><title>passed</title>"
+
+
+def test_what_a_run_read_is_listed_with_its_revision(unguarded):
+    unguarded.candidate("read")
+    unguarded.candidate("read")  # of the same data
+    newest, oldest = unguarded.store.versions("read")
+    for version in (newest, oldest):
+        run = requests.get(
+            f"{unguarded.store._uri}/api/2.0/mlflow/runs/get", params={"run_id": version.run_id}, timeout=10
+        ).json()["run"]
+        inputs = sorted(run["inputs"]["dataset_inputs"], key=lambda one: one["dataset"]["name"])
+        assert [(one["dataset"]["name"], one["dataset"]["digest"]) for one in inputs] == [
+            ("desk blocks", "d" * 36),
+            ("desk gate set", "9" * 36),
+        ]
+        assert json.loads(inputs[0]["dataset"]["profile"]) == {"revision": "d" * 39 + "e"}
+        assert json.loads(inputs[1]["dataset"]["source"]) == {"name": "desk"}
+        tags = {tag["key"]: tag["value"] for tag in inputs[0]["tags"]}
+        assert tags == {"mlflow.data.context": "training", "tidegate.blocks": "3"}
 
 
 def test_registering_the_same_attempt_again_answers_its_version(unguarded, tmp_path):
