@@ -1,6 +1,7 @@
-"""What a person reads before approving: markdown for the version's page, and one plot.
+"""What a person reads before approving, in a minute: markdown for the version's page, and one plot.
 
-MLflow's page renders tables and images of the run's artifacts; the plot is linked as `accuracy.png`, by name.
+Everything else is on the page that `evaluation.page` makes. MLflow renders tables, images of the run's artifacts, and
+links; plot and page are linked as `accuracy.png` and `report.html`, by name.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from learner.base import Base
 
 PLOT_NAME = "accuracy.png"
+PAGE_NAME = "report.html"
 _SEEN = {"passed": "✅ passed", "failed": "❌ FAILED", "undecided": "❔ undecided"}
 _ADVICE = {"passed": "yes", "failed": "no", "undecided": "unknown"}
 # A page is for judging, not for archives: the plan, a tag of the version, lists every block.
@@ -38,7 +40,7 @@ def version_markdown(
     base: Base,
     kept: Memory | None = None,
 ) -> str:
-    """The evidence on one candidate, verdict first.
+    """The evidence on one candidate: the verdict, what changed against live, the gates.
 
     Args:
         evaluation: what was found.
@@ -50,8 +52,8 @@ def version_markdown(
     """
     parts = (
         _verdict(evaluation),
-        _gates(evaluation),
         _domains(evaluation),
+        _gates(evaluation),
         *(() if kept is None else (_remembered(kept),)),
         *(() if evaluation.private is None else (_privately(evaluation.private),)),
         _spent(evaluation),
@@ -106,15 +108,19 @@ def _verdict(evaluation: Evaluation) -> str:
         "undecided": "## ❔ Undecided: too little is known to promote it",
     }[evaluation.outcome]
     why = "; ".join(_safe(reason) for reason in evaluation.reasons)
-    return f"{head}\n\n{why[:1].upper()}{why[1:]}.\n\n![Accuracy by domain]({PLOT_NAME})"
+    return (
+        f"{head}\n\n{why[:1].upper()}{why[1:]}.\n\n"
+        f"[The whole report: charts, every number, examples side by side]({PAGE_NAME})\n\n"
+        f"![Accuracy by domain]({PLOT_NAME})"
+    )
 
 
 def _gates(evaluation: Evaluation) -> str:
     lines = [
         "### Gates",
         "",
-        "| gate | data | decides | result | value | ± se | n | p | must be | metric |",
-        "|---|---|---|---|---:|---:|---:|---:|---|---|",
+        "| gate | result | value | ± se | must be |",
+        "|---|---|---:|---:|---|",
     ]
     lines += [_gate_row(gate) for gate in evaluation.gates]
     gate_set = evaluation.gate_set
@@ -129,16 +135,11 @@ def _gates(evaluation: Evaluation) -> str:
 def _gate_row(gate: Gate) -> str:
     result = _SEEN[gate.outcome] if gate.hard else _ADVICE[gate.outcome]
     cells = (
-        gate.name.replace("_", " "),
-        gate.data,
-        "yes" if gate.hard else "no",
+        gate.name.replace("_", " ") + ("" if gate.hard else " (shown only)"),
         result,
         _number(gate.value),
         _number(gate.se),
-        "-" if gate.n is None else str(gate.n),
-        _number(gate.p),
         gate.bound,
-        gate.version,
     )
     return "| " + " | ".join(_safe(cell) for cell in cells) + " |"
 

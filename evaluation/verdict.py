@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
+    from evaluation.examples import Example
     from evaluation.gates import CandidateFacts
     from evaluation.metrics import Score
     from evaluation.private import PrivateScores
@@ -162,6 +163,7 @@ class Evaluation:
         private: noisy scores on the stream's own holdout; None where none were asked for.
         figures: every metric that was measured, of every model it was measured of, over all records and by domain.
         policy_sha256: of the gates that were asked.
+        examples: records of the public gate set with what the models say to them; none where nobody asked for any.
     """
 
     outcome: Outcome
@@ -174,6 +176,7 @@ class Evaluation:
     private: PrivateScores | None = None
     figures: tuple[Figure, ...] = ()
     policy_sha256: str = ""
+    examples: tuple[Example, ...] = ()
 
     def verdict(self, signer: Signer, made_at: str | None = None) -> dict[str, Any]:
         """The signed verdict. `made_at` is RFC 3339 in UTC, now when not given."""

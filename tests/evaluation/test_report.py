@@ -71,9 +71,16 @@ def test_the_report_says_it_in_order(gate_set):
     text = report(judged(gate_set))
     heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     assert heads[0].startswith("✅ Passed")
-    assert heads[1:] == ["Gates", "By domain", "What was spent", "Where it comes from", "Not measured"]
+    assert heads[1:] == ["By domain", "Gates", "What was spent", "Where it comes from", "Not measured"]
     assert "| epsilon 8, delta 1e-05 | record | 30.0% |" in text
-    for part in ("SmolLM2-135M-Instruct, licence Apache-2.0", "version 3", "`b1`, `b2`", "d" * 40, "](accuracy.png)"):
+    for part in (
+        "SmolLM2-135M-Instruct, licence Apache-2.0",
+        "version 3",
+        "`b1`, `b2`",
+        "d" * 40,
+        "](accuracy.png)",
+        "](report.html)",
+    ):
         assert part in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in tables)
