@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import structlog
 
 from registry.states import waiting
 from tidegate import holdout
 from tidegate.errors import TidegateError
-from tidegate.memory import line_of
+from tidegate.memory import Line, line_of
 
 if TYPE_CHECKING:
+    from evaluation.examples import Example
     from evaluation.gates import CandidateFacts
     from evaluation.gateset import GateSet
     from evaluation.policy import GatePolicy
     from evaluation.private import PrivateScores
-    from evaluation.scorer import Role
+    from evaluation.scorer import Role, Scorer
     from evaluation.verdict import Evaluation
     from learner.base import Base
     from learner.plan import RoundPlan
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
     from serving.inprocess import InProcessEngine
     from tidegate.cycle import Trained
     from tidegate.wiring import Service
+
+log = structlog.get_logger()
 
 
 def judge(
@@ -95,7 +101,7 @@ def judge_with(
         names["live"], sha256["live"] = "live", adapter_sha256(live)
     about = {"base": engine.base.sha256, "system": service.stream(stream).learner.system, "code": code_sha256()}
     scorer = for_policy(policy, gate_set, engine, names, sha256, about=about, cache=Cache(service.workspace.asked))
-    return evaluate(
+    evaluation = evaluate(
         gate_set,
         policy,
         scorer,
@@ -109,6 +115,22 @@ def judge_with(
         timer=lambda adapter, prompts, max_tokens: timed(engine, adapter, prompts, max_tokens),
         progress=lambda done, total, _what: tell("evaluate", done, total),
     )
+    return replace(evaluation, examples=examples_of(evaluation, gate_set, scorer, names))
+
+
+def examples_of(
+    evaluation: Evaluation, gate_set: GateSet, scorer: Scorer, names: Mapping[Role, str | None]
+) -> tuple[Example, ...]:
+    """Public records side by side; none where the gates asked nobody for labels, since asking costs minutes."""
+    from evaluation.examples import examples
+
+    whole = next((part for part in evaluation.slices if not part.domain), None)
+    scored: dict[Role, str | None] = {role: name for role, name in names.items() if whole and getattr(whole, role)}
+    try:
+        return examples(gate_set, scorer, scored)
+    except Exception as error:  # noqa: BLE001 - the verdict stands without examples, whatever an engine throws
+        log.warning("no examples", problem=type(error).__name__)
+        return ()
 
 
 def evaluate_version(
@@ -246,8 +268,9 @@ def register(
     service: Service, trained: Trained, base: Base, evaluation: Evaluation, verdict: dict[str, Any]
 ) -> dict[str, Any]:
     """Make the MLflow version with its evidence, put it in Staging if it passed, keep plan and verdict in git."""
-    from evaluation.report import plot_png, version_markdown
+    from evaluation.report import PAGE_NAME
     from registry.mlflow_store import Candidate
+    from tidegate.reports import SUMMARY_NAME, datasets, reports
 
     plan, stream, model = trained.plan, trained.plan.stream, service.model(trained.plan.stream)
     versions = service.store.versions(model)
@@ -256,36 +279,13 @@ def register(
     passed = evaluation.outcome == "passed"
     state = "candidate" if passed else evaluation.outcome
     facts = facts_of(service, trained, base)
-    report = version_markdown(
-        evaluation,
-        data_revision=plan.data_revision,
-        blocks=[b.id for b in plan.blocks],
-        parent=f"version {parent.version}" if parent else "the base model",
-        base=base,
-        kept=line.kept if line else None,
-    )
+    files = reports(plan, base, evaluation, verdict, parent=parent, line=line)
     folder = service.workspace.rounds(plan.round_id)
-    (folder / "report.md").write_text(report, encoding="utf-8")
+    for name in (PAGE_NAME, SUMMARY_NAME):
+        (folder / name).write_bytes(files[name])
     (folder / "verdict.json").write_text(json.dumps(verdict, indent=2, sort_keys=True), encoding="utf-8")
-    tags = {
-        "state": state,
-        "stream": stream,
-        "round_id": plan.round_id,
-        "attempt": str(plan.attempt),
-        "adapter_sha256": trained.adapter_sha256,
-        "parent_sha256": plan.parent_sha256 or "",
-        "parent_version": str(parent.version) if parent else "",
-        "base_sha256": base.sha256,
-        "base_name": base.name,
-        "base_licence": base.licence,
-        "data_revision": plan.data_revision,
-        "plan_hash": plan.plan_hash,
-        "plan": json.dumps(plan.as_json(), sort_keys=True),
-        "receipt": json.dumps(trained.receipt, sort_keys=True),
-        "verdict": json.dumps(verdict, sort_keys=True),
-        "continual": line.tag() if line else "",
-    }
     metrics = {**evaluation.metrics(), **(line.metrics() if line else {})}
+    tags = _tags(trained, base, verdict, state=state, parent=parent, line=line)
     version = service.store.register(
         Candidate(
             model=model,
@@ -293,9 +293,10 @@ def register(
             attempt=plan.attempt,
             adapter_dir=trained.adapter_dir,
             tags={f"tidegate.{name}": value for name, value in tags.items()},
-            description_md=report,
-            artifacts={"accuracy.png": plot_png(evaluation), "report.md": report.encode()},
+            description_md=files[SUMMARY_NAME].decode(),
+            artifacts=files,
             metrics=metrics,
+            datasets=datasets(plan, evaluation),
         )
     )
     if passed:
@@ -320,6 +321,37 @@ def register(
         "unit": facts.unit,
         "share_used": facts.share_used,
         "promise": facts.promise,
+    }
+
+
+def _tags(
+    trained: Trained,
+    base: Base,
+    verdict: dict[str, Any],
+    *,
+    state: str,
+    parent: ModelVersion | None,
+    line: Line | None,
+) -> dict[str, str]:
+    """What a version carries for programs to read; what decides is signed."""
+    plan = trained.plan
+    return {
+        "state": state,
+        "stream": plan.stream,
+        "round_id": plan.round_id,
+        "attempt": str(plan.attempt),
+        "adapter_sha256": trained.adapter_sha256,
+        "parent_sha256": plan.parent_sha256 or "",
+        "parent_version": str(parent.version) if parent else "",
+        "base_sha256": base.sha256,
+        "base_name": base.name,
+        "base_licence": base.licence,
+        "data_revision": plan.data_revision,
+        "plan_hash": plan.plan_hash,
+        "plan": json.dumps(plan.as_json(), sort_keys=True),
+        "receipt": json.dumps(trained.receipt, sort_keys=True),
+        "verdict": json.dumps(verdict, sort_keys=True),
+        "continual": line.tag() if line else "",
     }
 
 

@@ -30,15 +30,20 @@ class Line:
 
     Attributes:
         gate_set: sha256 of the set all were judged on.
-        versions: numbers of the ancestors that count, oldest first.
+        ancestors: those that count, oldest first, each with its accuracy by domain.
         accuracy: of the candidate, by domain.
         kept: the figures.
     """
 
     gate_set: str
-    versions: tuple[int, ...]
+    ancestors: tuple[tuple[ModelVersion, Mapping[str, float]], ...]
     accuracy: Mapping[str, float]
     kept: Memory
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """Numbers of the ancestors."""
+        return tuple(version.version for version, _ in self.ancestors)
 
     def tag(self) -> str:
         """JSON, as the version carries it."""
@@ -84,9 +89,9 @@ def line_of(versions: Sequence[ModelVersion], parent: ModelVersion | None, evalu
     for version in reversed(ancestors(versions, parent) if parent else []):
         told = read(version)
         if told and told["gate_set"] == gate_set:
-            older.append((version.version, told["accuracy"]))
+            older.append((version, told["accuracy"]))
     kept = memory([*(scores for _, scores in older), accuracy])
-    return Line(gate_set, tuple(number for number, _ in older), accuracy, kept)
+    return Line(gate_set, tuple(older), accuracy, kept)
 
 
 def read(version: ModelVersion) -> dict[str, Any] | None:
@@ -99,6 +104,16 @@ def read(version: ModelVersion) -> dict[str, Any] | None:
         return None
     whole = all(isinstance(told.get(name), dict) for name in ("accuracy", "forgetting"))
     return told if whole and _finite(told) else None
+
+
+def share_used(version: ModelVersion) -> float | None:
+    """Of the fullest block's filter when a version was judged, by its verdict; None where that does not tell."""
+    try:
+        gates = json.loads(version.tag("verdict") or "null")["gates"]
+        value = next(gate["value"] for gate in gates if gate["name"] == "budget_kept")
+    except (ValueError, TypeError, KeyError, StopIteration):
+        return None
+    return float(value) if isinstance(value, float | int) and math.isfinite(value) else None
 
 
 def _finite(told: Mapping[str, Any]) -> bool:

@@ -284,11 +284,14 @@ def everything_that_left(desk, end):
 
     folder = desk.root / "rounds" / end["round_id"]
     told = {path.name: path.read_text() for path in folder.iterdir()}
-    assert {"plan.json", "receipt.json", "verdict.json", "report.md", "ended.json"} <= told.keys()
+    assert {"plan.json", "receipt.json", "verdict.json", "report.md", "report.html", "ended.json"} <= told.keys()
+    # Where a chart's marks stand is no count: what is read is the page's text.
+    told["report.html"] = re.sub(r"<style>.*?</style>|<[^>]+>", " ", told["report.html"], flags=re.DOTALL)
     service = desk.service()
     (version,) = service.store.versions(service.model(STREAM))
     told["description"], told["version tags"] = version.description, json.dumps(dict(version.tags))
-    data = MlflowClient(tracking_uri=service.mlflow_uri).get_run(version.run_id).data
-    told["run"] = json.dumps([data.tags, data.params, data.metrics])
-    assert data.metrics and version.tags
+    run = MlflowClient(tracking_uri=service.mlflow_uri).get_run(version.run_id)
+    told["run"] = json.dumps([run.data.tags, run.data.params, run.data.metrics])
+    told["inputs"] = json.dumps(run.inputs.to_dictionary())
+    assert run.data.metrics and version.tags and run.inputs.dataset_inputs
     return told
