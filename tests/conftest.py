@@ -4,6 +4,8 @@ import os
 
 # Before anything imports torch or the hub client. Tests share few cores, and never use the network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where a test takes more threads, those that wait sleep: spinning ones stop each other when cores are taken.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

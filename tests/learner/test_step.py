@@ -10,7 +10,7 @@ from learner.errors import RoundError
 from learner.plan import LoraSettings
 from learner.prefix import SplitModel
 from learner.sampling import Unit
-from learner.step import Limits, clip_weights, loss_gradient, weighted_sum
+from learner.step import Limits, add_weighted, clip_weights, loss_gradient
 from tests.learner.rounds import clipped, examples, one_at_a_time, plain_model, private_step, stream
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -146,6 +146,25 @@ def test_closed_form_of_the_loss_gradient_is_autograds():
     torch.testing.assert_close(loss_gradient(hidden.detach(), head, target, weight), oracle, rtol=1e-4, atol=1e-6)
 
 
+def summed(rows, weights):
+    total = torch.zeros(rows.shape[1], dtype=torch.float64)
+    add_weighted(total, rows, weights)
+    return total
+
+
+def test_a_sum_is_exact_to_the_last_bits_of_fp64_whoever_else_is_in_it():
+    """In fp32 a large unit would round away what a small one adds, by 1e-7 of the large one."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, 70_000, generator=generator)
+    rows[0] *= 1e6
+    weights = torch.rand(40, generator=generator, dtype=torch.float64)
+    with_all, without = summed(rows, weights), summed(rows[1:], weights[1:])
+    added = (with_all - without) - rows[0].double() * weights[0]
+    assert float(added.abs().max()) < 1e-8
+    in_fp32 = (weights.float() @ rows).double() - (weights[1:].float() @ rows[1:]).double()
+    assert float((in_fp32 - rows[0].double() * weights[0]).abs().max()) > 1e-3
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     scale=st.floats(min_value=1e-30, max_value=3e38),
@@ -160,10 +179,10 @@ def test_clip_bound_holds_for_every_input(scale, clip, poison, width, seed):
     rows[1, seed % width] = poison
     clean = rows[2].clone()
     weights = clip_weights(rows, clip)
-    total = weighted_sum(rows, weights)
+    total = summed(rows, weights)
     assert bool(torch.isfinite(total).all())
     for i in range(3):
-        alone = weighted_sum(rows[i : i + 1], weights[i : i + 1])
+        alone = summed(rows[i : i + 1], weights[i : i + 1])
         assert float(alone.norm()) <= clip
     if not math.isfinite(poison):
         assert not bool(rows[1].any())

@@ -26,7 +26,15 @@ def test_no_changed_id_resolves(data):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "7", "chatcmpl-", "chatcmpl-AAAA", "chatcmpl-é", make_answer_id("d", 1, b"x" * 32)]
+    "text",
+    [
+        "",
+        "7",
+        "chatcmpl-",
+        "chatcmpl-AAAA",
+        "chatcmpl-é",
+        pytest.param(make_answer_id("d", 1, b"x" * 32), id="other key"),
+    ],
 )
 def test_what_is_no_id_is_refused(text):
     with pytest.raises(AnswerIdError):
