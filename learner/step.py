@@ -202,8 +202,8 @@ def clip_weights(rows: Tensor, clip_norm: float | Tensor) -> Tensor:
 def add_weighted(total: Tensor, rows: Tensor, weights: Tensor) -> None:
     """Total += sum_u weights_u * rows_u; total (P,) fp64, rows (U, P) fp32, weights (U,) fp64.
 
-    Products and sums are fp64: n units are off by at most n * 2^-52 of n clip norms, which for a million is still far below
-    what CLIP_MARGIN sets aside. In fp32 one unit would shift the rounding of all others by more.
+    Products and sums are fp64: n units are off by at most n * 2^-52 of n clip norms, for a million far below what
+    CLIP_MARGIN sets aside. In fp32 one unit would shift the rounding of all others by more.
     """
     for first in range(0, len(total), SUM_CHUNK):
         part = slice(first, first + SUM_CHUNK)
