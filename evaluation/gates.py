@@ -32,6 +32,7 @@ from evaluation.scorer import Predictions, Role, Scorer, Subject, Timer, one_lin
 from evaluation.slices import cut
 from evaluation.suite import Shared
 from evaluation.verdict import Evaluation, Figure, Gate, Outcome, Slice
+from privacy.policy import WITHOUT_PRIVACY
 
 log = structlog.get_logger()
 
@@ -49,6 +50,8 @@ class CandidateFacts:
         private: False when the round's noise was test noise, which guarantees nothing.
         promise: the sealed guarantee in words, with its horizon (privacy.policy.Policy.promise).
         problem: why its files cannot be read as an adapter of this base, so that nothing can be asked of it; or empty.
+        unprotected: trained without privacy: neither clip nor noise, and no guarantee whatever `epsilon` says.
+        open_stream: nothing was ever promised to anybody in its stream.
     """
 
     adapter_sha256: str
@@ -63,6 +66,8 @@ class CandidateFacts:
     private: bool
     promise: str = ""
     problem: str = ""
+    unprotected: bool = False
+    open_stream: bool = False
 
 
 def check(policy: GatePolicy) -> tuple[tuple[Rule, Metric], ...]:
@@ -347,11 +352,12 @@ class _Run:
     def _reasons(self, outcome: Outcome) -> tuple[str, ...]:
         if outcome != "passed":
             return tuple(gate.sentence for gate in self.gates if gate.hard and gate.outcome == outcome)
+        unprotected = [gate.sentence for gate in self.gates if gate.name == "private_noise" and self.facts.unprotected]
         compared = {rule.title for rule in self.policy.rules if rule.hard and rule.asks != "reach"}
         sentences = [gate.sentence for gate in self.gates if gate.name in compared]
         if "live" not in self.bench.subjects:
             sentences.append("nothing is live yet that could be forgotten")
-        return tuple(sentences or ["every gate that decides passed"])
+        return (*unprotected, *(sentences or ["every gate that decides passed"]))
 
     def _not_measured(self) -> tuple[str, ...]:
         """What a reader might believe was checked, and was not."""
@@ -405,6 +411,9 @@ def _weights_changed(facts: CandidateFacts) -> Gate:
 
 
 def _budget_kept(facts: CandidateFacts) -> Gate:
+    if facts.unprotected:
+        sentence = "nothing is charged: there is no budget without privacy"
+        return Gate("budget_kept", "filter-share/1", "passed", sentence, "<= 1", value=0.0)
     share = facts.share_used
     kept = facts.budget_kept and math.isfinite(share)
     outcome: Outcome = "passed" if kept else "failed"
@@ -415,7 +424,17 @@ def _budget_kept(facts: CandidateFacts) -> Gate:
 
 
 def _private_noise(facts: CandidateFacts) -> Gate:
-    """Reproducible noise guarantees nothing, so such a candidate is for tests alone."""
+    """Reproducible noise guarantees nothing, so such a candidate is for tests alone.
+
+    No noise at all is for a stream that never promised anything to anybody, where a person may approve it knowingly.
+    """
+    if facts.unprotected:
+        said: Outcome = "passed" if facts.open_stream else "failed"
+        why = f"the candidate {WITHOUT_PRIVACY}"
+        if facts.open_stream:
+            why = "trained WITHOUT PRIVACY, in a stream that never promised anybody any"
+        bound = "noise_source=system, or none on a stream without privacy"
+        return Gate("private_noise", "noise-source/1", said, why, bound)
     outcome: Outcome = "passed" if facts.private else "failed"
     sentence = "noise came from the operating system's generator, under a key that is destroyed"
     if not facts.private:

@@ -90,6 +90,7 @@ def version_page(evaluation: Evaluation, origin: Origin) -> str:
 
 def _verdict(evaluation: Evaluation, origin: Origin) -> Markup:
     sign, head = _HEAD[evaluation.outcome]
+    head += "; trained WITHOUT PRIVACY" if evaluation.facts.unprotected else ""
     return Markup(
         '<header class="{}"><p class="of">{} · {}</p><h1><span aria-hidden="true">{}</span> {}</h1>{}</header>'
     ).format(
@@ -309,6 +310,11 @@ def _said(one: Example) -> Iterator[tuple[str, str]]:
 
 def _spent(evaluation: Evaluation) -> Markup:
     facts = evaluation.facts
+    if facts.unprotected:
+        warning = Markup('<strong class="bad">{}</strong> It is only for streams that never promised any.').format(
+            "WITHOUT PRIVACY: nothing was clipped, no noise was added, nothing is promised (privacy.enabled=false)."
+        )
+        return section("What was spent", paragraph(warning))
     if not facts.private:
         warning = Markup('<strong class="bad">{}</strong> It cannot be promoted on a private stream.').format(
             "Test noise: this round guarantees no privacy at all (epsilon is infinite)."

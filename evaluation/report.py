@@ -107,6 +107,8 @@ def _verdict(evaluation: Evaluation) -> str:
         "failed": "## ❌ Failed: it cannot be promoted",
         "undecided": "## ❔ Undecided: too little is known to promote it",
     }[evaluation.outcome]
+    if evaluation.facts.unprotected:
+        head += "; trained WITHOUT PRIVACY"
     why = "; ".join(_safe(reason) for reason in evaluation.reasons)
     return (
         f"{head}\n\n{why[:1].upper()}{why[1:]}.\n\n"
@@ -193,6 +195,12 @@ def _remembered(kept: Memory) -> str:
 
 def _spent(evaluation: Evaluation) -> str:
     facts = evaluation.facts
+    if facts.unprotected:
+        return (
+            "### What was spent\n\n"
+            "**WITHOUT PRIVACY: nothing was clipped, no noise was added, and nothing is promised to anybody "
+            "(privacy.enabled=false).** It can be promoted only where nobody of the stream was ever promised any."
+        )
     if not facts.private:
         return (
             "### What was spent\n\n"

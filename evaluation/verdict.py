@@ -213,7 +213,9 @@ class Evaluation:
                     found[f"{prefix}accuracy_se{end}"] = scores.accuracy.se
                     found[f"{prefix}macro_f1{end}"] = scores.macro_f1.value
         found |= {f"gate.{gate.name}": gate.value for gate in self.gates}
-        found |= {"epsilon": self.facts.epsilon, "delta": self.facts.delta, "share_used": self.facts.share_used}
+        found["share_used"] = self.facts.share_used
+        if not self.facts.unprotected:
+            found |= {"epsilon": self.facts.epsilon, "delta": self.facts.delta}
         return {name: value for name, value in found.items() if value is not None and abs(value) < float("inf")}
 
 

@@ -27,6 +27,7 @@ from learner.errors import PlanError
 from learner.layout import BLOCK_PART, DORA_REFUSED, HEAD, ONE_RANK, check_settings, chosen, scaling
 from privacy.accounting import calibrate, rdp, share_used
 from privacy.canonical import sha256_of
+from privacy.policy import NONE
 
 if TYPE_CHECKING:
     from privacy.ledger import Charge
@@ -177,8 +178,8 @@ class RoundPlan(_Value):
     blocks: Annotated[tuple[BlockRate, ...], Field(min_length=1)]
     left_out: tuple[str, ...] = ()  # replay blocks that could not pay, by the ledger alone, or are not replayed
     orders: Annotated[tuple[int, ...], Field(min_length=1)]  # Rényi orders the blocks' filters look at
-    sigma: Annotated[float, Field(gt=0)]
-    clip_norm: Annotated[float, Field(gt=0)]
+    sigma: Annotated[float, Field(ge=0)]  # zero, as the clip norm is, exactly where there is no privacy
+    clip_norm: Annotated[float, Field(ge=0)]
     steps: Annotated[int, Field(ge=1)]
     expected_batch: Annotated[float, Field(gt=0)]
     lora: LoraSettings
@@ -186,7 +187,7 @@ class RoundPlan(_Value):
     continual: ContinualSettings = ContinualSettings()
     stopping: StoppingSettings | None = None  # a round that stops early has paid for all its steps
     priors: dict[str, Annotated[float, Field(gt=0)]] = {}  # declared shares of domains or labels; empty: not balanced
-    noise_source: Literal["system", "test"] = "system"
+    noise_source: Literal["system", "test", "none"] = "system"  # none: without privacy
     code_sha256: str
 
     @model_validator(mode="after")
@@ -195,6 +196,19 @@ class RoundPlan(_Value):
         if self.unit == "user" and len(rates) > 1:
             raise ValueError(f"blocks.q={sorted(rates)}: unit user is drawn once over all its blocks, at one rate")
         return self
+
+    @model_validator(mode="after")
+    def _private_or_not(self) -> Self:
+        if (self.sigma > 0, self.clip_norm > 0) != (self.private, self.private):
+            raise ValueError(
+                f"sigma={self.sigma}, clip_norm={self.clip_norm}: must both be > 0, or both 0 with noise_source=none"
+            )
+        return self
+
+    @property
+    def private(self) -> bool:
+        """Whether there is a mechanism at all, be it under a known seed."""
+        return self.noise_source != NONE
 
     def weight_of(self, domain: str, label: str | None) -> float:
         """What a record counts, in (0, 1]: the smallest declared share over its own; 1 where none is declared."""
@@ -217,10 +231,11 @@ class RoundPlan(_Value):
         return self.model_dump(mode="json")
 
     def charges(self) -> tuple[Charge, ...]:
-        """What each block pays: the mechanism that runs, not an epsilon."""
+        """What each block pays: the mechanism that runs, not an epsilon. Without privacy nobody can pay: nothing."""
         from privacy.ledger import Charge
 
-        return tuple(Charge(block.id, block.q, self.sigma, self.steps) for block in self.blocks)
+        paying = self.blocks if self.private else ()
+        return tuple(Charge(block.id, block.q, self.sigma, self.steps) for block in paying)
 
 
 @dataclass(frozen=True)
@@ -236,6 +251,11 @@ class BlockAccount:
     block_id: str
     policy: Mapping[str, Any]
     spent: tuple[float, ...]
+
+    @property
+    def private(self) -> bool:
+        """Whether it was sealed with a promise."""
+        return bool(self.policy.get("enabled", True))
 
     @property
     def units(self) -> float:
@@ -272,7 +292,7 @@ def plan_round(
     continual: ContinualSettings | None = None,
     stopping: StoppingSettings | None = None,
     priors: Mapping[str, float] | None = None,
-    noise_source: Literal["system", "test"] = "system",
+    noise_source: Literal["system", "test", "none"] = "system",
 ) -> RoundPlan:
     """Choose rates and noise for a round from settings, ledger and public sizes alone.
 
@@ -280,11 +300,14 @@ def plan_round(
     rate), so that the draw is expected to hold `expected_batch` units; where q would pass q_max, the batch shrinks.
     sigma is the smallest with which each new block pays at most (1 - replay_share) / attempts of its cap. Replay
     blocks that cannot pay what is then asked of them are left out, by the ledger alone; all of them are where
-    `continual` is not replay.
+    `continual` is not replay. Without privacy (`noise_source` none) there is no noise and no clip, and nobody pays.
 
     Raises:
-        PlanError: no new block, blocks of different units, or a new block that cannot pay at sigma <= sigma_max.
+        PlanError: no new block, blocks of different units, with and without privacy, or of the other kind than
+            `noise_source`, or a new block that cannot pay at sigma <= sigma_max.
     """
+    private = noise_source != NONE
+    _check_kind([*new, *replay], private=private)
     unit = _unit_of([*new, *replay])
     if not new:
         raise PlanError("new blocks=0: must be >= 1; wait for ingest to seal a block")
@@ -293,8 +316,8 @@ def plan_round(
     kept = tuple(replay) if replay_rate and continual.method == "replay" else ()
     while True:
         q, batch = _rate(new, kept, rate, expected_batch, q_max)
-        sigma = _sigma(round_id, new, q, steps, sigma_max)
-        able = tuple(block for block in kept if _share(block, q * rate, sigma, steps) <= 1.0)
+        sigma = _sigma(round_id, new, q, steps, sigma_max) if private else 0.0
+        able = tuple(block for block in kept if not private or _share(block, q * rate, sigma, steps) <= 1.0)
         if len(able) == len(kept):
             break
         kept = able  # fewer units share the batch now, so the others' rate rises: look again
@@ -313,7 +336,7 @@ def plan_round(
         left_out=tuple(block.block_id for block in replay if block not in kept),
         orders=tuple(sorted({int(order) for block in (*new, *kept) for order in block.policy["orders"]})),
         sigma=sigma,
-        clip_norm=clip_norm,
+        clip_norm=clip_norm if private else 0.0,
         steps=steps,
         expected_batch=batch,
         lora=lora or LoraSettings(),
@@ -324,6 +347,17 @@ def plan_round(
         noise_source=noise_source,
         code_sha256=code_sha256(),
     )
+
+
+def _check_kind(blocks: Sequence[BlockAccount], *, private: bool) -> None:
+    """A round uses blocks with a promise, or blocks without: never both."""
+    others = [block.block_id for block in blocks if block.private != private]
+    if others:
+        kind, way = ("with", "without") if private else ("without", "with")
+        raise PlanError(
+            f"blocks {', '.join(others)}: sealed {way} privacy; a round {kind} privacy must use only blocks sealed "
+            f"{kind} it: leave them out"
+        )
 
 
 def _unit_of(blocks: Sequence[BlockAccount]) -> Literal["record", "user"]:

@@ -32,7 +32,7 @@ from learner.precision import DTYPES, Precision, fastest, probe
 from learner.prefix import PrefixCache, Recompute, Spill, SplitModel
 from learner.prompt import Renderer
 from learner.sampling import Unit, draw, gather
-from learner.step import Example, Limits, Mechanism, PrivateStep
+from learner.step import Example, Limits, Mechanism, NoMechanism, PrivateStep
 from learner.stopping import Signal, Stopper
 from privacy.canonical import sha256_of
 from privacy.randomness import KeyedStream, RoundKey, TestKey
@@ -195,7 +195,8 @@ def _check_arguments(
     if parent != plan.parent_sha256:
         raise RoundError(f"parent_sha256={parent}: must be {plan.parent_sha256} as planned; start a new attempt")
     source = "test" if isinstance(key, TestKey) else "system"
-    if source != plan.noise_source:
+    # A round without privacy draws by a key of the system's: it resumes, and ends, as any other.
+    if source != ("test" if plan.noise_source == "test" else "system"):
         raise RoundError(f"noise_source={plan.noise_source}: the key is for {source}; give the key that was planned")
     planned = plan.stopping.signal_sha256 if plan.stopping else None
     if planned != (signal.sha256 if signal else None):
@@ -320,7 +321,9 @@ def _private_step(
     cache = PrefixCache(halves, [example.ids for example in examples], speed.prefix_bytes_max, speed.prefixes, spill)
     drawn = {unit for stream in streams for unit in draw(units, stream)}
     cache.fill([index for unit in drawn for index in units[unit].examples], speed.tokens_max)
-    mechanism = Mechanism(plan.clip_norm, plan.sigma, plan.expected_batch)
+    mechanism: Mechanism | NoMechanism = NoMechanism(plan.expected_batch)
+    if plan.private:
+        mechanism = Mechanism(plan.clip_norm, plan.sigma, plan.expected_batch)
     limits = Limits(speed.tokens_max, lora.gradients.rows_max)
     return PrivateStep(lora, halves, cache, examples, units, mechanism, limits, mask)
 

@@ -1,11 +1,12 @@
 """One private step: per-unit gradients, one clip each, their sum, one draw of Gaussian noise, a constant divisor.
 
 This is the sampled Gaussian mechanism of DP-SGD (Abadi et al. 2016): sensitivity C in the sum, noise sigma * C.
+A round without privacy takes the same draws and has no mechanism: `NoMechanism`, a branch of its own in `gradient`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,13 @@ class Mechanism:
 
 
 @dataclass(frozen=True)
+class NoMechanism:
+    """A round without privacy: nothing is clipped, nothing is added, nothing is protected."""
+
+    expected_batch: float
+
+
+@dataclass(frozen=True)
 class Limits:
     """What only speed and memory depend on."""
 
@@ -80,7 +88,7 @@ class PrivateStep:
         cache: PrefixCache,
         examples: Sequence[Example],
         units: Sequence[Unit],
-        mechanism: Mechanism,
+        mechanism: Mechanism | NoMechanism,
         limits: Limits,
         mask: Tensor | None = None,
     ) -> None:
@@ -95,16 +103,32 @@ class PrivateStep:
 
     def gradient(self, stream: KeyedStream) -> Tensor:
         """The step's noisy mean gradient, (P,) fp32. An empty draw is noise over the expected batch."""
-        total = self.clipped_sum(draw(self._units, stream), stream)
+        mechanism, drawn = self._mechanism, draw(self._units, stream)
+        if isinstance(mechanism, NoMechanism):
+            return self._plain_sum(drawn, stream).div_(mechanism.expected_batch).float()
+        total = self.clipped_sum(drawn, stream)
         noise = torch.from_numpy(stream.gaussians(len(total)))
-        total.add_(noise, alpha=self._mechanism.sigma * self._mechanism.clip_norm)
-        return total.div_(self._mechanism.expected_batch).float()
+        total.add_(noise, alpha=mechanism.sigma * mechanism.clip_norm)
+        return total.div_(mechanism.expected_batch).float()
 
     def clipped_sum(self, drawn: Sequence[int], stream: KeyedStream) -> Tensor:
         """Sum of the drawn units' clipped gradients, (P,) fp64. Secret: only `gradient` may leave this object."""
         total = torch.zeros(len(self._lora.theta), dtype=torch.float64)
+        for batch, rows in self._rows(drawn, stream):
+            add_weighted(total, rows, clip_weights(rows, self._bounds(batch)))
+        return total
+
+    def _plain_sum(self, drawn: Sequence[int], stream: KeyedStream) -> Tensor:
+        """Sum of the drawn units' gradients as they are, (P,) fp64; one that is not finite is left out."""
+        total = torch.zeros(len(self._lora.theta), dtype=torch.float64)
+        for _, rows in self._rows(drawn, stream):
+            total += rows[rows.isfinite().all(dim=1)].sum(dim=0)
+        return total
+
+    def _rows(self, drawn: Sequence[int], stream: KeyedStream) -> Iterator[tuple[PhysicalBatch, Tensor]]:
+        """Each physical batch of a draw with its units' gradients, (U, P)."""
         if not drawn:
-            return total
+            return
         lengths = [len(example.ids) for example in self._examples]
         limits = self._limits
         seeds = self._dropout_seeds(stream)
@@ -112,14 +136,15 @@ class PrivateStep:
             rows = self._unit_gradients(batch, seeds)
             if self._mask is not None:
                 rows *= self._mask
-            add_weighted(total, rows, clip_weights(rows, self._bounds(batch)))
-        return total
+            yield batch, rows
 
     def _bounds(self, batch: PhysicalBatch) -> float | Tensor:
         """What each unit's gradient is clipped to: C times the mean weight of its examples, hence never above C.
 
         With one example that is its clipped gradient times its weight: a weight works on whatever the clip leaves.
         """
+        if isinstance(self._mechanism, NoMechanism):
+            raise TypeError("a round without privacy has no clip norm: its gradients are never clipped, nor noised")
         norm = self._mechanism.clip_norm
         members = [[self._examples[index].weight for index in self._units[unit].examples] for unit in batch.units]
         if all(weight == 1.0 for weights in members for weight in weights):

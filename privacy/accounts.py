@@ -22,7 +22,7 @@ from privacy.accounting import Flags, Indices, Mechanism
 from privacy.chain import Charge
 from privacy.errors import LedgerError
 from privacy.facts import Charges, Entry, Facts, policy_of
-from privacy.policy import ACCOUNTS, HOLDOUT, TRAIN, Policy
+from privacy.policy import ACCOUNTS, HOLDOUT, NONE, TRAIN, Policy
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _spent_by_users(
     for at in users:
         stream, policy = rows[at].stream, policies[at]
         for account in ACCOUNTS:
-            able = account == TRAIN or policy.holdout_evaluations > 0
+            able = policy.enabled and (account == TRAIN or policy.holdout_evaluations > 0)
             key = (stream, account, able, policy.horizon, policy.orders)
             if key not in purses:
                 paid = _counted_of_users(entries[stream], account, policy.horizon, windows[stream, policy.horizon])
@@ -206,6 +206,26 @@ def require(db: sa.Connection, names: Sequence[str], now: float, facts: Facts) -
     return found
 
 
+def require_open(db: sa.Connection, names: Sequence[str], now: float, facts: Facts, *, stream: str) -> None:
+    """Insist that nothing was promised to anybody in these blocks: a round without privacy reads no others.
+
+    Raises:
+        LedgerError: a block is unknown, of another stream, or sealed with a promise; or users of the stream, who may
+            be in any of its blocks, were promised something in another.
+    """
+    found = require(db, names, now, facts)
+    strangers = [name for name, account in found.items() if account.stream != stream]
+    promised = [name for name, account in found.items() if account.policy.enabled]
+    if strangers or promised:
+        why = "of another stream" if strangers else "sealed with a promise"
+        raise LedgerError(
+            f"block={', '.join(strangers or promised)}: {why}; a round without privacy must use only blocks of its "
+            f"stream that were sealed with enabled=false"
+        )
+    if any(account.policy.unit == "user" for account in found.values()) and facts.users(db, stream).blocks:
+        raise LedgerError(_USERS_ON_BOTH_SIDES.format(stream=stream))
+
+
 def shortfalls(
     db: sa.Connection,
     charges: Sequence[Charge],
@@ -218,7 +238,8 @@ def shortfalls(
     """Blocks whose filter has no order left for these charges, and the window in which the charges would fall.
 
     Raises:
-        LedgerError: a block is unknown, not of `stream`, or has no such account, or the blocks cannot pay together.
+        LedgerError: a block is unknown, not of `stream`, sealed without a promise, or has no such account, or the
+            blocks cannot pay together.
     """
     if account not in ACCOUNTS:
         raise LedgerError(f"account={account}: must be {' or '.join(ACCOUNTS)}")
@@ -230,6 +251,8 @@ def shortfalls(
     window = present_window(db, some.stream, some.policy, now)
     alike: dict[str, Sequence[str]] = {}  # blocks of one policy whose users pay from one purse, by the first of them
     if some.policy.unit == "user":
+        if db.execute(sa.select(tables.ledger.c.seq).where(*_without_privacy(some.stream)).limit(1)).scalar():
+            raise LedgerError(_USERS_ON_BOTH_SIDES.format(stream=some.stream))
         blocks = facts.users(db, some.stream).blocks
         _check_sides(blocks)
         alike = {names[0]: names for policy, names in blocks.items() if account == TRAIN or policy.holdout_evaluations}
@@ -250,10 +273,25 @@ def shortfalls(
     return found, window
 
 
+_USERS_ON_BOTH_SIDES = (
+    "stream={stream}: unit user, and blocks with and without privacy: somebody may be in both, and one round without "
+    "privacy would end the promise to them; must be one kind for all rounds of the stream; start a stream of its own"
+)
+
+
+def _without_privacy(stream: str) -> tuple[sa.ColumnElement[bool], ...]:
+    return tables.ledger.c.stream == stream, tables.ledger.c.noise_source == NONE
+
+
 def _check_together(stream: str | None, asked: Mapping[str, Charge], accounts: Mapping[str, Account]) -> None:
     streams = sorted({account.stream for account in accounts.values()} | ({stream} if stream else set()))
     if len(streams) > 1:
         raise LedgerError(f"stream={', '.join(streams)}: must be one for all blocks of a round")
+    if unpromised := [name for name, account in accounts.items() if not account.policy.enabled]:
+        raise LedgerError(
+            f"block={', '.join(unpromised)}: sealed without privacy (enabled=false), so it has no account; must be "
+            f"left out of rounds with privacy"
+        )
     for name in ("unit", "horizon"):
         values = sorted({getattr(account.policy, name) for account in accounts.values()})
         if len(values) > 1:

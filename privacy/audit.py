@@ -19,7 +19,7 @@ from privacy.chain import Charge, History, LedgerRow, without_collection
 from privacy.errors import LedgerBroken
 from privacy.facts import policy_of
 from privacy.ledger import Ledger
-from privacy.policy import ACCOUNTS, HOLDOUT, TRAIN, Policy
+from privacy.policy import ACCOUNTS, HOLDOUT, NO_PRIVACY, NONE, TRAIN, Policy
 from privacy.recount import Spending, recount
 
 # Every block's spending is recomputed. What the filter itself reads costs a third of a millisecond a block: beyond so
@@ -52,6 +52,7 @@ class BlockAudit(NamedTuple):
         holdout: what the people never trained on are promised, in words.
         holdout_share_used: of their filter.
         holdout_reads: the evaluations that paid from it.
+        private: False: sealed without privacy, so nothing was ever promised.
     """
 
     block: str
@@ -66,11 +67,15 @@ class BlockAudit(NamedTuple):
     holdout: str = ""
     holdout_share_used: float = 0.0
     holdout_reads: tuple[str, ...] = ()
+    private: bool = True
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """One stream: the guarantee of a unit is the maximum over the blocks it may be in."""
+    """One stream: the guarantee of a unit is the maximum over the blocks it may be in.
+
+    `rounds_without_privacy` trained on blocks without a promise; their rows charge nobody.
+    """
 
     stream: str
     claim: str
@@ -78,6 +83,7 @@ class AuditReport:
     delta: float
     share_used_max: float
     blocks: tuple[BlockAudit, ...]
+    rounds_without_privacy: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -95,7 +101,8 @@ def audit(ledger: Ledger, stream: str) -> AuditReport:
     with without_collection():
         view = ledger.snapshot(stream, found.take)
         found.compare(view.accounts)
-        return _whole(stream, tuple(found.block(name) for name in sorted(found.policies)))
+        blocks = tuple(found.block(name) for name in sorted(found.policies))
+        return _whole(stream, blocks, found.unprotected)
 
 
 class _Recount:
@@ -104,11 +111,13 @@ class _Recount:
     def __init__(self, stream: str) -> None:
         self._stream = stream
         self.policies: dict[str, Policy] = {}
+        self.unprotected: tuple[str, ...] = ()
         self._promised: dict[int, tuple[str, str, str, str]] = {}
 
     def take(self, history: History) -> list[str]:
         """Add everything up; returns the blocks whose filter is to be compared."""
         self.policies = {r.block_id: policy_of(r.policy) for r in history.blocks if r.stream == self._stream}
+        self.unprotected = _unprotected([row for row in history.rows if row.stream == self._stream])
         users = {name: policy for name, policy in self.policies.items() if policy.unit == "user"}
         records = {name: policy for name, policy in self.policies.items() if policy.unit == "record"}
         self._of_records = recount(history, self._stream, records)
@@ -163,7 +172,7 @@ def recompute(stream: str, rows: Sequence[LedgerRow], policies: Mapping[str, Pol
         LedgerBroken: a row charges a block that is not among them, or an account that there is not.
     """
     books = _Books(rows, policies)
-    return _whole(stream, tuple(_block(books, name) for name in sorted(policies)))
+    return _whole(stream, tuple(_block(books, name) for name in sorted(policies)), _unprotected(rows))
 
 
 class _Books:
@@ -180,7 +189,8 @@ class _Books:
         self._sums: dict[tuple[int, tuple[int, ...], str], dict[int, tuple[float, ...]]] = {}
         for name, policy in policies.items():
             for account in ACCOUNTS:
-                able = policy.unit == "user" and (account == TRAIN or policy.holdout_evaluations > 0)
+                held = account == TRAIN or policy.holdout_evaluations > 0
+                able = policy.unit == "user" and policy.enabled and held
                 self._paid[name, account] = self._users[account] if able else []
         released = {(row.round_id, row.attempt) for row in rows if row.state == "cancelled"}
         for row in rows:
@@ -195,6 +205,8 @@ class _Books:
             policy = self.policies.get(charge.block_id)
             if policy is None:
                 raise LedgerBroken(f"{where}: charges {charge.block_id}, not of stream {row.stream}")
+            if not policy.enabled:
+                raise LedgerBroken(f"{where}: charges {charge.block_id}, which was sealed without privacy")
             if row.account == HOLDOUT and not policy.holdout_evaluations:
                 raise LedgerBroken(f"{where}: reads the holdout of {charge.block_id}, which has no account for it")
             entry = _Entry(row, charge, policy.horizon)
@@ -282,17 +294,18 @@ def _block_of(
     return BlockAudit(
         block=name,
         unit=policy.unit,
-        epsilon=None if trained.test else policy.epsilon,
+        epsilon=None if trained.test or not policy.enabled else policy.epsilon,
         delta=policy.delta,
         share_used=trained.share_used,
         rounds=trained.rounds,
         claim=promises[trained.test],
         # Not a claim over adaptively chosen rounds; where the noise was a known seed it is none at all.
-        epsilon_if_fixed_in_advance=None if trained.test else round(trained.fixed, 6),
+        epsilon_if_fixed_in_advance=None if trained.test or not policy.enabled else round(trained.fixed, 6),
         span=policy.span,
         holdout=promises[2 + held_out.test],
         holdout_share_used=held_out.share_used,
         holdout_reads=held_out.rounds,
+        private=policy.enabled,
     )
 
 
@@ -308,12 +321,20 @@ def _promises(policy: Policy) -> tuple[str, str, str, str]:
 
 
 def _claim(policy: Policy, *, test: bool) -> str:
+    if not policy.enabled:
+        return NO_PRIVACY
     if test:
         return f"epsilon infinity per {policy.unit}: trained with test noise"
     return f"({policy.epsilon:g}, {policy.delta:g})-DP per {policy.unit}, {policy.span}"
 
 
-def _whole(stream: str, blocks: tuple[BlockAudit, ...]) -> AuditReport:
+def _unprotected(rows: Sequence[LedgerRow]) -> tuple[str, ...]:
+    """Rounds without privacy, oldest first. What they read they have read, whatever became of them."""
+    started = (row for row in rows if row.noise_source == NONE and row.state == "started")
+    return tuple(row.round_id if row.attempt == 1 else f"{row.round_id}.{row.attempt}" for row in started)
+
+
+def _whole(stream: str, blocks: tuple[BlockAudit, ...], unprotected: tuple[str, ...]) -> AuditReport:
     if not blocks:
         return AuditReport(stream, "no block is sealed: nothing was spent", 0.0, 0.0, 0.0, ())
     unbounded = any(block.epsilon is None for block in blocks)
@@ -324,6 +345,7 @@ def _whole(stream: str, blocks: tuple[BlockAudit, ...]) -> AuditReport:
         delta=max(block.delta for block in blocks),
         share_used_max=max(block.share_used for block in blocks),
         blocks=blocks,
+        rounds_without_privacy=unprotected,
     )
 
 
@@ -335,6 +357,8 @@ def _kind(block: BlockAudit) -> tuple[str, str]:
 def _claim_of_kind(kind: tuple[str, str], blocks: tuple[BlockAudit, ...]) -> str:
     mine = [block for block in blocks if _kind(block) == kind]
     over = f"(the maximum over {len(mine)} blocks)"
+    if not mine[0].private:
+        return f"{mine[0].claim} ({len(mine)} blocks)"
     unbounded = [block for block in mine if block.epsilon is None]
     if unbounded:
         return f"{unbounded[0].claim} {over}"

@@ -148,7 +148,8 @@ class Facts:
         elif known:
             found = found[1:]
         for row in found:
-            if policy_of(row.policy).unit == "user":
+            policy = policy_of(row.policy)
+            if policy.unit == "user" and policy.enabled:  # of a block without a promise nobody pays
                 purse.blocks.setdefault(row.policy, []).append(row.block_id)
             purse.newest = (row.seq, row.hash)
 

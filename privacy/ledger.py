@@ -24,7 +24,7 @@ from privacy.canonical import canonical
 from privacy.chain import GENESIS, BlockRow, Charge, History, LedgerRow, State, hash_of
 from privacy.errors import BudgetExceeded, LedgerBehindReceipt, LedgerConflict, LedgerError
 from privacy.facts import Facts, policy_of
-from privacy.policy import TRAIN, Policy
+from privacy.policy import NONE, TRAIN, Policy
 
 __all__ = ["GENESIS", "Account", "Charge", "Ledger", "LedgerRow", "Shortfall", "Snapshot", "State"]
 
@@ -134,6 +134,7 @@ class Ledger:
         charges: Sequence[Charge],
         noise_source: str = "system",
         account: str = TRAIN,
+        uncharged: Sequence[str] = (),
     ) -> LedgerRow:
         """Charge an attempt durably; returns the attempt's newest row. A lost response may be asked again.
 
@@ -142,21 +143,25 @@ class Ledger:
             round_id: unique among all rounds and evaluations of all streams.
             attempt: 1 and up.
             plan_hash: of what is going to run.
-            charges: what each block pays.
-            noise_source: `system`, or `test`: known to whoever knows the seed, hence no privacy.
+            charges: what each block pays; nothing where the round is without privacy.
+            noise_source: `system`, or `test`: known to whoever knows the seed, hence no privacy; or `none`: no clip and
+                no noise, on blocks to whose people nothing was promised.
             account: `train`, or `holdout` for an evaluation on people who are never trained on.
+            uncharged: blocks that a round without privacy reads. Its plan, whose hash stands in the row, names them.
 
         Raises:
             BudgetExceeded: a block has no order left that can pay; the message names blocks, shares and choices.
             LedgerConflict: the attempt is known with another plan or other charges, or was cancelled.
             LedgerError: no charges, a block twice, unknown, of another stream or without that account, or blocks that
-                cannot pay together.
+                cannot pay together; a round with privacy on blocks without, or the other way.
         """
         names = [charge.block_id for charge in charges]
-        if not names or len(set(names)) != len(names):
+        if noise_source not in {"system", "test", NONE}:
+            raise LedgerError(f"noise_source={noise_source}: must be system, test or none")
+        if noise_source == NONE and (names or not uncharged or account != TRAIN):
+            raise LedgerError(f"noise_source=none: must charge no block, and name those it trains on; charged: {names}")
+        if noise_source != NONE and (uncharged or not names or len(set(names)) != len(names)):
             raise LedgerError(f"round={round_id}: must charge at least one block, each once; charged: {names}")
-        if noise_source not in {"system", "test"}:
-            raise LedgerError(f"noise_source={noise_source}: must be system or test")
         with tables.writing(self._engine) as db:
             known = self._attempt(db, round_id, attempt)
             if known:
@@ -167,9 +172,14 @@ class Ledger:
                     raise LedgerConflict(f"round={round_id} attempt={attempt}: has other charges; use attempt+1")
                 return known[-1]
             now = _now()
-            missing, window = accounts.shortfalls(
-                db, charges, now.timestamp(), self._facts, account=account, stream=stream
-            )
+            missing: Sequence[Shortfall] = ()
+            window = 0
+            if noise_source == NONE:
+                accounts.require_open(db, uncharged, now.timestamp(), self._facts, stream=stream)
+            else:
+                missing, window = accounts.shortfalls(
+                    db, charges, now.timestamp(), self._facts, account=account, stream=stream
+                )
             if missing:
                 raise BudgetExceeded(_explain(round_id, missing, account))
             row = LedgerRow(

@@ -16,6 +16,16 @@ TRAIN, HOLDOUT = "train", "holdout"
 # Whose budget a charge is taken from: people trained on, or people split off and only ever evaluated on.
 ACCOUNTS = (TRAIN, HOLDOUT)
 LIFE = "life"
+# What every text says of a block that was sealed with `privacy.enabled: false`: nobody in it got a promise.
+NO_PRIVACY = "no privacy: enabled=false"
+# The noise of a round without privacy, and what it claims: the word in plan, ledger, receipt and approval.
+NONE = "none"
+# Why a version without privacy fails its gate, neither goes live nor answers, on a private stream; after its name.
+WITHOUT_PRIVACY = (
+    "was trained without privacy (privacy.enabled=false), and its stream is private: it says enabled=true, or a block "
+    "of it was sealed with a promise; promote a version of a private round, or train in a stream of its own that is "
+    "enabled=false from its first block on"
+)
 # More than a century is no window but a life; it also keeps the arithmetic far from any limit.
 WINDOW_DAYS_MAX = 36_500
 _WINDOW = re.compile(r"([1-9][0-9]{0,4})d\Z")
@@ -51,6 +61,8 @@ class Policy:
         orders: the grid of integer Rényi orders.
         holdout_epsilon: the sealed bound of the people in the holdout, at the same delta and orders.
         holdout_evaluations: how many paid evaluations the holdout's account is made for; 0: it has none.
+        enabled: False: nothing is promised, whatever stands above. Such a block has no account: its caps are zero, so
+            that no charge ever fits, and only rounds without privacy may use it.
 
     Raises:
         PolicyError: a value is out of its bounds, or no order can afford any round.
@@ -66,6 +78,7 @@ class Policy:
     orders: tuple[int, ...] = ORDERS
     holdout_epsilon: float = 2.0
     holdout_evaluations: int = 0
+    enabled: bool = True
 
     def __post_init__(self) -> None:
         if self.unit not in {"record", "user"}:
@@ -85,6 +98,8 @@ class Policy:
         count = self.holdout_evaluations
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise PolicyError(f"holdout_evaluations={count}: must be a whole number of at least 0")
+        if count and not self.enabled:
+            raise PolicyError(f"holdout_evaluations={count}: must be 0 where enabled is false: there is no account")
         if count and self.holdout_share == 0.0:
             raise PolicyError(f"holdout_evaluations={count}: needs somebody in the holdout; holdout_share must be > 0")
         if count:  # a policy without the account need not be able to afford one
@@ -92,7 +107,9 @@ class Policy:
 
     @cached_property
     def caps(self) -> tuple[float, ...]:
-        """The filter's bound at each order, nats."""
+        """The filter's bound at each order, nats; all zero where nothing is promised: nothing fits."""
+        if not self.enabled:
+            return (0.0,) * len(self.orders)
         return caps(self.orders, self.epsilon, self.delta)
 
     @cached_property
@@ -124,6 +141,8 @@ class Policy:
     @property
     def span(self) -> str:
         """Over which rounds the bound holds: 'for life' or 'per window of 30 days'."""
+        if not self.enabled:
+            return "never"
         if not self.days:
             return "for life"
         return f"per window of {self.days} day{'s' if self.days > 1 else ''}"
@@ -137,6 +156,8 @@ class Policy:
         if account == HOLDOUT and not self.holdout_evaluations:
             return "no holdout account: never read"
         self.caps_of(account)
+        if not self.enabled:
+            return NO_PRIVACY
         epsilon = self.epsilon if account == TRAIN else self.holdout_epsilon
         return f"epsilon {epsilon:g}, delta {self.delta:g} per {self.unit}, {self.span}"
 
@@ -170,6 +191,8 @@ class Policy:
             "holdout_epsilon": self.holdout_epsilon,
             "holdout_evaluations": self.holdout_evaluations,
             "nominal_units": nominal_units,
+            # Only where it is off: a policy with a promise is written as it always was, byte for byte.
+            **({} if self.enabled else {"enabled": False}),
         }
 
     @classmethod
@@ -183,7 +206,9 @@ class Policy:
         missing = [name for name in (*names, "caps") if name not in kept]
         if missing:
             raise PolicyError(f"frozen policy: fields {', '.join(missing)} are missing")
-        later = [name for name in ("holdout_epsilon", "holdout_evaluations") if name in kept]
+        if kept.get("enabled", False) is not False:
+            raise PolicyError(f"frozen policy: enabled={kept['enabled']}: must be false where it stands at all")
+        later = [name for name in ("holdout_epsilon", "holdout_evaluations", "enabled") if name in kept]
         policy = cls(**{name: kept[name] for name in (*names, *later)})
         bounds = list(kept["caps"])
         same = len(bounds) == len(policy.caps) and all(

@@ -98,8 +98,10 @@ class _Books:
         self._rows = [(at, row) for at, row in mine if (row.round_id, row.attempt) not in released]
         strangers = np.array([row.stream != stream for row in history.blocks], bool)
         without = np.array([name in policies and not policies[name].holdout_evaluations for name in self._names], bool)
+        self._open = np.array([not policies[name].enabled for name in self._names], bool)
         # Nearly always nothing is wrong anywhere, and then no row need be looked at by itself.
-        suspect = strangers | np.isin(np.arange(len(history.blocks)), np.array(self._members, np.int64)[without])
+        odd = np.array(self._members, np.int64)[without | self._open]
+        suspect = strangers | np.isin(np.arange(len(history.blocks)), odd)
         hits = np.concatenate([[0], np.cumsum(suspect[history.block])])
         for at, row in self._rows:
             first, last = history.first[at], history.first[at + 1]
@@ -113,12 +115,14 @@ class _Books:
         if len(wrong):
             name = self._history.blocks[int(wrong[0])].block_id
             raise LedgerBroken(f"ledger row {row.seq}: charges {name}, not of stream {row.stream}")
-        if row.account == HOLDOUT:
-            slots = self._slot[blocks]
-            slots = slots[slots >= 0]
-            if without[slots].any():
-                name = self._names[int(slots[without[slots]][0])]
-                raise LedgerBroken(f"ledger row {row.seq}: reads the holdout of {name}, which has no account for it")
+        slots = self._slot[blocks]
+        slots = slots[slots >= 0]
+        if self._open[slots].any():
+            name = self._names[int(slots[self._open[slots]][0])]
+            raise LedgerBroken(f"ledger row {row.seq}: charges {name}, which was sealed without privacy")
+        if row.account == HOLDOUT and without[slots].any():
+            name = self._names[int(slots[without[slots]][0])]
+            raise LedgerBroken(f"ledger row {row.seq}: reads the holdout of {name}, which has no account for it")
 
     def spent(self, account: str) -> Spent:
         """What each block paid from an account."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from privacy.audit import AuditReport, BlockAudit
 from privacy.export import Evidence
+from privacy.policy import NONE
 from privacy.receipts import ADJACENCY
 
 _UNITS = {
@@ -58,6 +59,9 @@ def _stream(report: AuditReport) -> str:
         "|---|---|---:|---:|---|---:|---|---|",
         *(_row(block) for block in report.blocks),
     ]
+    if report.rounds_without_privacy:
+        names = ", ".join(report.rounds_without_privacy)
+        lines += ["", f"Rounds WITHOUT PRIVACY, on blocks without a promise: {names}."]
     return "\n".join(lines)
 
 
@@ -65,6 +69,7 @@ def _guarantee(stream: str, blocks: list[BlockAudit]) -> str:
     unit, span = blocks[0].unit, blocks[0].span
     bounded = [block for block in blocks if block.epsilon is not None]
     unbounded = [block.block for block in blocks if block.epsilon is None]
+    names = [block.block for block in blocks]
     parts = []
     if bounded:
         epsilon, delta = max(block.epsilon or 0.0 for block in bounded), max(block.delta for block in bounded)
@@ -74,6 +79,11 @@ def _guarantee(stream: str, blocks: list[BlockAudit]) -> str:
             f"private with respect to each single unit of any of {_number(bounded)}, {span}. A block's bound was "
             f"sealed when the block was made; {used:.1%} of the most used bound is used up. The bound holds whichever "
             f"rounds are still to come: one that would pass it is refused."
+        )
+    if not blocks[0].private:
+        return (
+            f"**For {_number(blocks)} of stream {stream} there is no privacy** ({', '.join(names)}): they were sealed "
+            f"with enabled=false. Nothing is promised to anybody in them, and what was trained on them may tell all."
         )
     if unbounded:
         parts.append(
@@ -90,12 +100,15 @@ def _number(blocks: list[BlockAudit]) -> str:
 
 def _row(block: BlockAudit) -> str:
     epsilon = "infinite" if block.epsilon is None else f"{block.epsilon:g}"
+    delta = f"{block.delta:g}"
+    if not block.private:
+        epsilon, delta = "none: no privacy", "none"
     reads = f"; {len(block.holdout_reads)} paid evaluations, {block.holdout_share_used:.1%} used"
     cells = (
         block.block,
         block.unit,
         epsilon,
-        f"{block.delta:g}",
+        delta,
         block.span,
         f"{block.share_used:.1%}",
         ", ".join(block.rounds) or "none",
@@ -105,8 +118,15 @@ def _row(block: BlockAudit) -> str:
 
 
 def _released(evidence: Evidence) -> str:
-    approved = sorted({(str(a["model"]), int(a["version"])) for a in evidence.approvals if a["to"] == "Production"})
-    names = ", ".join(f"{model} version {version}" for model, version in approved) or "none"
+    marks = {None: "", NONE: " (without privacy)"}
+    approved = sorted(
+        {
+            (str(a["model"]), int(a["version"]), marks[a.get("guarantee")])
+            for a in evidence.approvals
+            if a["to"] == "Production"
+        }
+    )
+    names = ", ".join(f"{model} version {version}{mark}" for model, version, mark in approved) or "none"
     return (
         f"## What was released\n\n{len(evidence.rounds)} rounds ended with an adapter; each has one signed receipt. "
         f"Approved to answer, each after a signed verdict that it passed its gates: {names}."

@@ -4,7 +4,8 @@
     ledger      both chains, steps in order                    spending   added up again, against caps from the policy
     rounds      plan = charges = receipt, once a round         verdicts   signed, about that adapter
     approvals   signed, chained, passed before, of what was    versions   the registry says what was signed
-                live then, never of test noise
+                live then, never of test noise; without privacy only where
+                nobody of the stream had been promised any, and marked
     anchors     heads in git and the auditor's own are in the chains
     statement   says what follows from the rest
 
@@ -41,8 +42,8 @@ from privacy.export import (
     seal,
     unseal,
 )
-from privacy.policy import HOLDOUT, TRAIN, Policy
-from privacy.receipts import ADJACENCY
+from privacy.policy import HOLDOUT, NONE, TRAIN, Policy
+from privacy.receipts import guarantee_of
 from privacy.signing import SigningKey
 from privacy.statement import statement
 
@@ -162,7 +163,8 @@ def _steps(case: Case) -> None:
         kept = ("stream", "plan_hash", "noise_source", "account", "window")
         if before and any(getattr(row, name) != getattr(before, name) for name in kept):
             raise ExportBroken(f"{where}: {row.round_id} attempt {row.attempt} is not of the plan it began with; {ASK}")
-        if bool(row.charges) != (row.state == "reserved") or row.noise_source not in {"system", "test"}:
+        pays = row.noise_source in {"system", "test"}
+        if bool(row.charges) != (row.state == "reserved" and pays) or not (pays or row.noise_source == NONE):
             raise ExportBroken(f"{where}: charges stand in reserved rows, of system or test noise; {ASK}")
         last[name] = row
 
@@ -224,6 +226,7 @@ def _rounds(case: Case) -> None:
     committed = {(r.round_id, r.attempt): r for r in _of(case, TRAIN) if r.state == "committed"}
     reserved = {(r.round_id, r.attempt): r for r in _of(case, TRAIN) if r.state == "reserved"}
     policies = {block.block_id: Policy.from_frozen(json.loads(block.policy)) for block in case.evidence.blocks}
+    _unprotected(case, policies, committed)
     seen = set()
     for round_id, papers in sorted(case.evidence.rounds.items()):
         name = (round_id, int(papers.plan["attempt"]))
@@ -234,7 +237,8 @@ def _rounds(case: Case) -> None:
                 f"of {ROWS}; rows were dropped, or the plan was changed: {ASK}"
             )
         _plan(round_id, papers.plan, row, reserved[name])
-        _receipt(case, round_id, papers, row, [policies[charge.block_id] for charge in reserved[name].charges])
+        # The plan's blocks are those of the charges, which `_plan` has compared; without privacy there are none.
+        _receipt(case, round_id, papers, row, [policies[block["id"]] for block in papers.plan["blocks"]])
         if papers.verdict is None:
             case.not_checked.append(f"round {round_id}: it has no verdict yet; nothing of it may be approved")
         else:
@@ -255,6 +259,31 @@ def _rounds(case: Case) -> None:
         case.not_checked.append(f"plans of attempts that did not end ({names}): charged all the same, nothing released")
 
 
+def _unprotected(case: Case, policies: Mapping[str, Policy], committed: Mapping[tuple[str, int], LedgerRow]) -> None:
+    """Rounds without privacy touch nobody to whom something was promised: not in their blocks, not by their weights."""
+    streams = {block.block_id: block.stream for block in case.evidence.blocks}
+    bare = {name: row for name, row in committed.items() if row.noise_source == NONE}
+    weights = {row.adapter_sha256 for row in bare.values()}
+    for round_id, papers in case.evidence.rounds.items():
+        where, name = f"rounds/{round_id}/plan.json", (round_id, int(papers.plan["attempt"]))
+        if name not in bare and papers.plan["parent_sha256"] in weights:
+            raise ExportBroken(f"{where}: was trained from an adapter without privacy, must not be; {ASK}")
+        if name in bare:
+            for block in papers.plan["blocks"]:
+                if streams.get(block["id"]) != bare[name].stream or policies[block["id"]].enabled:
+                    raise ExportBroken(
+                        f"{where}: a round without privacy read block {block['id']}, to whose people something was "
+                        f"promised, or which is of another stream; {ASK}"
+                    )
+    charged = {r.stream for r in case.evidence.rows if any(policies[c.block_id].unit == "user" for c in r.charges)}
+    if both := charged & {row.stream for row in case.evidence.rows if row.noise_source == NONE}:
+        raise ExportBroken(f"{ROWS}: stream {min(both)} trained users with and without privacy, must be one; {ASK}")
+    if bare:
+        case.verified.append(
+            f"without privacy: {len(bare)} rounds charged nobody, and read only blocks whose people were promised none"
+        )
+
+
 def _of(case: Case, account: str) -> Iterable[LedgerRow]:
     return (row for row in case.evidence.rows if row.account == account)
 
@@ -262,7 +291,8 @@ def _of(case: Case, account: str) -> Iterable[LedgerRow]:
 def _plan(round_id: str, plan: Value, row: LedgerRow, reserved: LedgerRow) -> None:
     where = f"rounds/{round_id}/plan.json"
     require_same(where, "its hash", sha256_of(plan), row.plan_hash, f"{ROWS} line {row.seq}")
-    charges = tuple(Charge(block["id"], block["q"], plan["sigma"], plan["steps"]) for block in plan["blocks"])
+    paying = plan["blocks"] if plan["noise_source"] != NONE else ()
+    charges = tuple(Charge(block["id"], block["q"], plan["sigma"], plan["steps"]) for block in paying)
     require_same(where, "charges", charges, reserved.charges, f"{ROWS} line {reserved.seq}")
     require_same(where, "stream", plan["stream"], row.stream, f"{ROWS} line {row.seq}")
     require_same(where, "noise_source", plan["noise_source"], row.noise_source, f"{ROWS} line {row.seq}")
@@ -279,13 +309,7 @@ def _receipt(case: Case, round_id: str, papers: Papers, row: LedgerRow, policies
             f"{where}: ledger_head={body['ledger_head'][:16]}: must be in the chain, not before line {row.seq} of "
             f"{ROWS}; rows were dropped, or an older backup was restored: {ASK}"
         )
-    expected = {
-        "unit": policies[0].unit,
-        "adjacency": ADJACENCY,
-        "epsilon": None if row.noise_source == "test" else max(policy.epsilon for policy in policies),
-        "delta": max(policy.delta for policy in policies),
-        "horizon": policies[0].horizon,
-    }
+    expected = guarantee_of(row.noise_source, policies).as_json()
     # A receipt from before there were windows has no horizon: then it was for life.
     found = {"horizon": "life", **body["guarantee"]}
     require_same(where, "guarantee", found, expected, f"the policies of its blocks in {BLOCKS}")
@@ -327,7 +351,7 @@ def _approvals(case: Case) -> None:
             entry = entries.get((model, body["version"]))
             if entry is None:
                 raise ExportBroken(f"{where}: {model} version {body['version']} is not in {VERSIONS}; {ASK}")
-            papers = _papers_of(case, where, entry, sha)
+            papers = _papers_of(case, where, entry, body)
             name = (model, body["version"], sha)
             if body["kind"] == "promote":
                 _judged(where, body, papers, live[1])
@@ -335,9 +359,11 @@ def _approvals(case: Case) -> None:
                 raise ExportBroken(f"{where}: {body['kind']} to version {name[1]}, which was never approved before it")
             approved.add(name)
         standing[model] = _after(body, live, before)
+    bare = sum(body.get("guarantee") == NONE and body["to"] == PRODUCTION for body in case.evidence.approvals)
     case.verified.append(
         f"approvals: {len(case.evidence.approvals)} signed and chained; each version was judged as passed before, had "
         f"a receipt with a finite epsilon, and was trained from what was live"
+        + (f"; {bare} of versions WITHOUT PRIVACY, which have no epsilon and say so" if bare else "")
     )
 
 
@@ -354,8 +380,9 @@ def _after(body: Value, live: _Live, before: _Live) -> tuple[_Live, _Live]:
     return (_BASE if body["from"] == PRODUCTION and body["version"] == live[0] else live), live
 
 
-def _papers_of(case: Case, where: str, entry: Value, sha: str) -> Papers:
-    """The papers of the round that an approved version came out of: of that adapter, and with a promise."""
+def _papers_of(case: Case, where: str, entry: Value, approval: Value) -> Papers:
+    """The papers of the round that an approved version came out of: of that adapter, and with a promise, or marked."""
+    sha = approval["adapter_sha256"]
     round_id = entry["tags"].get("tidegate.round_id", "")
     papers = case.evidence.rounds.get(round_id)
     if papers is None or papers.receipt["adapter_sha256"] != sha:
@@ -363,7 +390,11 @@ def _papers_of(case: Case, where: str, entry: Value, sha: str) -> Papers:
             f"{where}: adapter {sha[:16]} of version {entry['version']} has no receipt in rounds/{round_id or '?'}/; "
             f"{ASK}"
         )
-    if papers.plan["noise_source"] != "system" or papers.receipt["guarantee"]["epsilon"] is None:
+    bare = papers.plan["noise_source"] == NONE
+    require_same(where, "guarantee", approval.get("guarantee"), NONE if bare else None, f"rounds/{round_id}/plan.json")
+    if bare:
+        _never_promised(case, where, papers)
+    elif papers.plan["noise_source"] != "system" or papers.receipt["guarantee"]["epsilon"] is None:
         raise ExportBroken(
             f"{where}: version {entry['version']} was trained with test noise: epsilon is infinite; {ASK}"
         )
@@ -371,6 +402,19 @@ def _papers_of(case: Case, where: str, entry: Value, sha: str) -> Papers:
         said = papers.verdict["outcome"] if papers.verdict else "nothing"
         raise ExportBroken(f"{where}: the verdict on version {entry['version']} says {said}, must say passed; {ASK}")
     return papers
+
+
+def _never_promised(case: Case, where: str, papers: Papers) -> None:
+    """No block with a promise was known of the stream when the round was committed."""
+    heads = [row.blocks_head for row in case.evidence.rows if row.round_id == papers.plan["round_id"]]
+    for block in case.evidence.blocks:
+        if block.prev_hash == heads[-1]:
+            return  # sealed later
+        if block.stream == papers.plan["stream"] and Policy.from_frozen(json.loads(block.policy)).enabled:
+            raise ExportBroken(
+                f"{where}: a version without privacy was approved, though block {block.block_id} of the stream was "
+                f"sealed with a promise before; {ASK}"
+            )
 
 
 def _judged(where: str, body: Value, papers: Papers, live: str) -> None:

@@ -149,6 +149,7 @@ class Approvals:
         who: str,
         why: str,
         kind: str,
+        guarantee: str = "",
         when: str | None = None,
     ) -> Approval:
         """Sign a decision and add it to the chain; durable when this returns.
@@ -175,6 +176,8 @@ class Approvals:
                     "why": why,
                     "kind": kind,
                     "prev_hash": last.hash if last else GENESIS,
+                    # Written only where there is something to say: `none`, for a version without privacy.
+                    **({"guarantee": guarantee} if guarantee else {}),
                 }
                 signed = self._signer.sign(payload)
                 connection.execute(
@@ -204,6 +207,13 @@ class Approvals:
     def standing(self, model: str) -> Standing:
         """What is live by these decisions, and what it can be rolled back to."""
         return standing(self.history(model))
+
+    def guarantee_of(self, model: str, version: int, adapter_sha256: str) -> str:
+        """What its newest approval says of a version's guarantee: `none` for one without privacy, else nothing."""
+        for row in reversed(self.history(model)):
+            if (row["version"], row["adapter_sha256"], row["to"]) == (version, adapter_sha256, PRODUCTION):
+                return str(row.get("guarantee", ""))
+        return ""
 
     def head(self) -> str:
         """Hash of the newest row, or 64 zeros."""

@@ -13,12 +13,14 @@ UI, the REST API and every client meet it, and so that MLflow's own authenticati
     anything else            MLflow's business
 
 Environment: TIDEGATE_WORKSPACE, TIDEGATE_KEYS (default `keys` in the workspace), TIDEGATE_APPROVALS_URL
-    (default `approvals.db` there), TIDEGATE_MLFLOW_AUTH=basic to add MLflow's basic authentication. Who
-    decided: the authenticated user; without authentication the name a client gives in `X-Tidegate-User`, else
-    `local:ADDRESS`. Why: `X-Tidegate-Why`, or `comment` in the JSON body. Both headers are percent-encoded
-    UTF-8.
+    (default `approvals.db` there), TIDEGATE_OPEN_MODELS (a JSON list of names: models of streams that never
+    promised privacy; a version without it is refused for any other), TIDEGATE_MLFLOW_AUTH=basic to add MLflow's
+    basic authentication. Who decided: the authenticated user; without authentication the name a client gives in
+    `X-Tidegate-User`, else `local:ADDRESS`. Why: `X-Tidegate-Why`, or `comment` in the JSON body. Both headers are
+    percent-encoded UTF-8.
 """
 
+import json
 import os
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -124,7 +126,8 @@ def create_app(app: Flask = mlflow_app) -> Any:
     signer = KeyFile(keys / "approvals.pem")  # read at each decision: a rotation needs no restart
     approvals = Approvals(os.environ.get("TIDEGATE_APPROVALS_URL") or f"sqlite:///{workspace / 'approvals.db'}", signer)
     # Keys are read at each decision: the first verdict may be signed after this server started.
-    guard(app, lambda: Promotions(InProcess(), approvals, Trust.from_dir(keys)), approvals)
+    open_models = json.loads(os.environ.get("TIDEGATE_OPEN_MODELS") or "[]")
+    guard(app, lambda: Promotions(InProcess(), approvals, Trust.from_dir(keys, open_models)), approvals)
     if os.environ.get("TIDEGATE_MLFLOW_AUTH") == "basic":
         from mlflow.server.auth import create_app as with_authentication
 

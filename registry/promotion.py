@@ -2,7 +2,8 @@
 
 A version goes live only on signed documents, never on a tag or a stage alone:
     verdict    signed by a verdict key, passed, about this very adapter, made against what is live now
-    receipt    signed by a receipt key, about this very adapter, with a finite epsilon
+    receipt    signed by a receipt key, about this very adapter, with a finite epsilon; or, where the stream never
+               promised anything to anybody, with the claim `none`, which the approval then carries
     adapter    the sha256 of what MLflow's artifact store holds equals both
 or the version was approved before (a rollback): then its adapter and receipt must still be intact.
 
@@ -31,6 +32,7 @@ import structlog
 from learner.adapter import adapter_sha256
 from learner.errors import AdapterError
 from privacy.errors import PrivacyError
+from privacy.policy import NONE, WITHOUT_PRIVACY
 from privacy.signing import TrustedKeys
 from registry import states
 from registry.approvals import Approval, Approvals, Standing, Verifier
@@ -67,23 +69,27 @@ class Trust:
 
     verdicts: Verifier
     receipts: Verifier
+    # Registered models of streams that promise nothing to anybody: the only ones that may go without privacy.
+    open_models: frozenset[str] = frozenset()
 
     @classmethod
-    def from_dir(cls, keys: Path) -> "Trust":
+    def from_dir(cls, keys: Path, open_models: Iterable[str] = ()) -> "Trust":
         """Public keys by their file names: `verdicts*.pub` and `receipts*.pub`, and what they introduced.
 
         Raises:
             SignatureError: one of the files holds no Ed25519 public key, or a rotation does not hold.
         """
-        return cls(TrustedKeys.from_dir(keys, "verdicts"), TrustedKeys.from_dir(keys, "receipts"))
+        verdicts, receipts = TrustedKeys.from_dir(keys, "verdicts"), TrustedKeys.from_dir(keys, "receipts")
+        return cls(verdicts, receipts, frozenset(open_models))
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A promotion that may happen: as what kind, of which adapter."""
+    """A promotion that may happen: as what kind, of which adapter, with which guarantee if it is not a finite one."""
 
     kind: str
     adapter_sha256: str
+    guarantee: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,7 @@ class Promotions:
                 who=who,
                 why=why,
                 kind=decision.kind,
+                guarantee=decision.guarantee,
             )
             try:
                 self.registry.set_tag(model, version, "tidegate.approval", json.dumps(approval))
@@ -181,6 +188,7 @@ class Promotions:
             who=who,
             why=why,
             kind=kind,
+            guarantee=self.approvals.guarantee_of(model, chosen.version, chosen.adapter_sha256),
         )
 
     def _settle(self, model: str) -> None:
@@ -216,6 +224,7 @@ class Promotions:
             who=who,
             why=why,
             kind=kind,
+            guarantee=str(last.get("guarantee", "")),
         )
         log.warning("history settled", model=last["model"], version=last["version"], why=why)
 
@@ -228,9 +237,9 @@ class Promotions:
         else:
             _refuse_state(name, chosen, self.approvals.history(model))
             sha, kind = _passed(name, chosen, standing, self.trust.verdicts), "promote"
-        _receipted(name, chosen, sha, self.trust.receipts)
+        guarantee = _receipted(name, chosen, sha, self.trust.receipts, open_stream=model in self.trust.open_models)
         self._intact(name, model, chosen, sha)
-        return Decision(kind, sha)
+        return Decision(kind, sha, guarantee)
 
     def _intact(self, name: str, model: str, chosen: ModelVersion, sha: str) -> None:
         if chosen.adapter_sha256 != sha:
@@ -333,13 +342,18 @@ def _passed(name: str, chosen: ModelVersion, standing: Standing, keys: Verifier)
     return str(verdict.get("adapter_sha256"))
 
 
-def _receipted(name: str, chosen: ModelVersion, sha: str, keys: Verifier) -> None:
+def _receipted(name: str, chosen: ModelVersion, sha: str, keys: Verifier, *, open_stream: bool) -> str:
+    """What the approval must say of the guarantee: nothing where it is finite, `none` where there is no privacy."""
     receipt = signed_tag(chosen, "receipt", keys, name)
     if receipt.get("adapter_sha256") != sha:
         raise PromotionRefused(
             f"{name}: its privacy receipt is about adapter {_short(receipt.get('adapter_sha256'))}, "
             f"its verdict about {_short(sha)}; promote a version whose documents agree"
         )
+    if receipt.get("guarantee", {}).get("claim") == NONE:
+        if not open_stream:
+            raise PromotionRefused(f"{name} {WITHOUT_PRIVACY}")
+        return NONE
     epsilon = receipt.get("guarantee", {}).get("epsilon")
     try:
         finite = isfinite(float(epsilon))
@@ -350,6 +364,7 @@ def _receipted(name: str, chosen: ModelVersion, sha: str, keys: Verifier) -> Non
             f"{name} has no privacy guarantee (epsilon={epsilon}): it was trained with reproducible "
             f"test noise; promote a version of a real round"
         )
+    return ""
 
 
 def _short(sha: Any) -> str:

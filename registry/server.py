@@ -6,6 +6,7 @@ as long as the server should: Linux counts the death of the starting thread as t
 """
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -42,6 +43,7 @@ class MlflowServer:
         port: 0 takes a free one.
         approvals_url: SQLAlchemy URL of the history of approvals; default `approvals.db` in the workspace.
         keys_dir: default `keys` in the workspace.
+        open_models: models of streams that promise nothing to anybody; only theirs may be promoted without privacy.
         public_names: further host names under which browsers reach it, such as `mlflow.example.org`.
     """
 
@@ -55,6 +57,7 @@ class MlflowServer:
         port: int = 5000,
         approvals_url: str | None = None,
         keys_dir: Path | None = None,
+        open_models: Sequence[str] = (),
         public_names: Sequence[str] = (),
     ) -> None:
         self._root = workspace.resolve()
@@ -62,6 +65,7 @@ class MlflowServer:
         self._port = port or _free_port(host)
         self._approvals_url = approvals_url or f"sqlite:///{self._root / 'approvals.db'}"
         self._keys = (keys_dir or self._root / "keys").resolve()
+        self._open_models = tuple(open_models)
         self._names = ("localhost", "127.0.0.1", "[::1]", *public_names)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -159,6 +163,7 @@ class MlflowServer:
             "TIDEGATE_WORKSPACE": str(self._root),
             "TIDEGATE_KEYS": str(self._keys),
             "TIDEGATE_APPROVALS_URL": self._approvals_url,
+            "TIDEGATE_OPEN_MODELS": json.dumps(self._open_models),
             "TIDEGATE_MLFLOW_CHILD": "1",
             # Thirteen further processes and 2.5 GB, for jobs nobody here starts.
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",

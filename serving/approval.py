@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from privacy.errors import PrivacyError
+from privacy.policy import NONE, WITHOUT_PRIVACY
 from privacy.signing import TrustedKeys
 from registry.states import PRODUCTION
 from serving.errors import ApprovalRefused
@@ -41,6 +42,7 @@ class Approval:
     Attributes:
         seq: its place in the history of approvals: a later decision has a higher one.
         signed: the whole signed value, to be kept and checked again.
+        guarantee: `none` for a version without privacy; empty: its receipt was found to have a finite epsilon.
     """
 
     seq: int
@@ -49,10 +51,19 @@ class Approval:
     adapter_sha256: str
     kind: str
     signed: Mapping[str, Any]
+    guarantee: str = ""
 
 
-def read_approval(signed: Mapping[str, Any] | str | None, trusted: TrustedKeys, model: str) -> Approval:
+def read_approval(
+    signed: Mapping[str, Any] | str | None, trusted: TrustedKeys, model: str, *, open_stream: bool = False
+) -> Approval:
     """Check a signed approval.
+
+    Args:
+        signed: the approval.
+        trusted: keys it may be signed with.
+        model: it must be for this one.
+        open_stream: whether nothing was ever promised to anybody in the stream: else no version without privacy.
 
     Raises:
         ApprovalRefused: there is none, it is not signed by a trusted key, or it is for something else.
@@ -71,6 +82,7 @@ def read_approval(signed: Mapping[str, Any] | str | None, trusted: TrustedKeys, 
             adapter_sha256=str(payload["adapter_sha256"]),
             kind=str(payload["kind"]),
             signed=value,
+            guarantee=str(payload.get("guarantee", "")),
         )
         stage = payload["to"]
     except (PrivacyError, ValueError, KeyError, TypeError) as error:
@@ -84,16 +96,20 @@ def read_approval(signed: Mapping[str, Any] | str | None, trusted: TrustedKeys, 
             f"model={model}: seq={approval.seq} is a decision of kind {approval.kind!r} for stage {stage!r}, "
             f"must be for {PRODUCTION!r}; approve the version"
         )
+    if approval.guarantee not in {"", NONE}:
+        raise ApprovalRefused(f"model={model}: guarantee={approval.guarantee!r} is not known; approve it again")
+    if approval.guarantee and not open_stream:
+        raise ApprovalRefused(f"model={model}: version {approval.version} {WITHOUT_PRIVACY}")
     return approval
 
 
-def check_wanted(wanted: Wanted, trusted: TrustedKeys, model: str) -> Approval:
+def check_wanted(wanted: Wanted, trusted: TrustedKeys, model: str, *, open_stream: bool = False) -> Approval:
     """The approval of what the registry wants, if it is for exactly that.
 
     Raises:
         ApprovalRefused: as `read_approval`; or version, adapter or stage differ.
     """
-    approval = read_approval(wanted.approval, trusted, model)
+    approval = read_approval(wanted.approval, trusted, model, open_stream=open_stream)
     if wanted.model != model or wanted.stage != PRODUCTION:
         raise ApprovalRefused(
             f"model={wanted.model}, stage={wanted.stage}: must be {model} in {PRODUCTION}; "

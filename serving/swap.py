@@ -67,6 +67,7 @@ class HotSwap:
         trusted: the keys approvals may be signed with.
         cache: folder of what is kept on disk.
         model: the registered model approvals must be for; the stream's name when None.
+        open_stream: whether nothing was ever promised to anybody in the stream: else none without privacy answers.
         poll_seconds: pause between two questions to the registry.
         retry_seconds: pause before a version that failed is tried again.
     """
@@ -82,6 +83,7 @@ class HotSwap:
         trusted: TrustedKeys,
         cache: Path,
         model: str | None = None,
+        open_stream: bool = False,
         poll_seconds: float = 0.5,
         retry_seconds: float = RETRY_SECONDS,
     ) -> None:
@@ -89,6 +91,7 @@ class HotSwap:
         self.engine = engine
         self.counts: Counter[str] = Counter()
         self._model = model or stream
+        self._open_stream = open_stream
         self._wanted, self._fetch, self._acknowledge = wanted, fetch, acknowledge
         self._trusted = trusted
         self._cache = LocalCache(cache, stream)
@@ -147,6 +150,7 @@ class HotSwap:
             "version": current.name if current else "nothing",
             "number": current.version if current else None,
             "adapter_sha256": current.adapter_sha256 if current else "",
+            "guarantee": self._followed.guarantee if self._followed and current and current.version else "",
             "approval_seq": self._followed.seq if self._followed else 0,
             "loading": self._loading,
             "resident": [served.name for served in self._residents],
@@ -184,7 +188,7 @@ class HotSwap:
             signed = self._cache.live()
             if signed is None:
                 return
-            approval = read_approval(signed, self._trusted, self._model)
+            approval = read_approval(signed, self._trusted, self._model, open_stream=self._open_stream)
             self._followed = approval
             self._become(approval)
             log.info("restored from cache", stream=self.stream, version=approval.version)
@@ -213,7 +217,7 @@ class HotSwap:
         try:
             wanted = self._wanted()
             if wanted is not None:
-                asked = check_wanted(wanted, self._trusted, self._model)
+                asked = check_wanted(wanted, self._trusted, self._model, open_stream=self._open_stream)
             elif self._followed is None and emergency is None:
                 self._flip(self._base)
             elif emergency is None:
@@ -251,7 +255,7 @@ class HotSwap:
             signed = self._cache.emergency()
             if signed is None:
                 return None
-            approval = read_approval(signed, self._trusted, self._model)
+            approval = read_approval(signed, self._trusted, self._model, open_stream=self._open_stream)
         except SwapError as error:
             found.append(Alarm("emergency", "", f"emergency approval: {error}"))
             return None

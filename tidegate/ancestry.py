@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from privacy.errors import PrivacyError
+from privacy.policy import NO_PRIVACY
 from privacy.signing import TrustedKeys
 from registry.states import PRODUCTION, ModelVersion
 from tidegate.errors import TidegateError
@@ -28,6 +29,19 @@ def signed_tag(version: ModelVersion, name: str, trusted: TrustedKeys) -> dict[s
         return trusted.verify(json.loads(version.tag(name) or "null"))
     except (PrivacyError, ValueError, TypeError):
         return None
+
+
+def guarantee(version: ModelVersion, trusted: TrustedKeys) -> str:
+    """What a version's signed receipt guarantees, in words."""
+    receipt = signed_tag(version, "receipt", trusted)
+    if receipt is None:
+        return "no valid signature"
+    said = receipt.get("guarantee", {})
+    if said.get("claim") == "none":
+        return NO_PRIVACY
+    if said.get("epsilon") is None:
+        return "epsilon infinity: test noise"
+    return f"({said['epsilon']:g}, {said['delta']:g})-DP per {said['unit']}"
 
 
 def block_ids(version: ModelVersion) -> frozenset[str]:

@@ -101,13 +101,17 @@ class Budget:
 
 
 def after(block: BlockAccount, q: float, sigma: float, steps: int) -> tuple[float, ...]:
-    """What a block has spent once it has paid (q, sigma, steps), per order, nats."""
+    """What a block has spent once it has paid (q, sigma, steps), per order, nats; without privacy nobody pays."""
+    if not block.private:
+        return block.spent
     rho = accounting.rdp(q, sigma, steps, tuple(block.policy["orders"]))
     return tuple(s + r for s, r in zip(block.spent, rho, strict=True))
 
 
 def rounds_payable(block: BlockAccount, q: float, sigma: float, steps: int, most: int = ROUNDS_MAX) -> int:
     """How often a block can pay (q, sigma, steps), one round after another as the ledger adds them; `most` at most."""
+    if not block.private:
+        return most
     caps, orders = tuple(block.policy["caps"]), tuple(block.policy["orders"])
     rho = accounting.rdp(q, sigma, steps, orders)
     spent = block.spent
@@ -149,6 +153,7 @@ def next_plan(found: Survey, arguments: PlanArguments, stand_in: BlockAccount | 
         data_revision=found.revision,
         new=new,
         replay=found.replay,
+        noise_source=found.noise_source,
         **arguments,
     )
 
@@ -176,7 +181,7 @@ def blocks_of(found: Survey, plan: RoundPlan, arguments: PlanArguments) -> tuple
         caps = tuple(block.policy["caps"])
         then = accounting.share_used(after(block, q, plan.sigma, plan.steps), caps)
         used = share_used(block)
-        times = None if use in {"replay", "left out"} else int(block.policy["attempts"])
+        times = None if use in {"replay", "left out"} or not block.private else int(block.policy["attempts"])
         rows.append(
             BlockBudget(
                 block=block.block_id,
@@ -204,6 +209,8 @@ def attempts_left(found: Survey, arguments: PlanArguments, most: int = ROUNDS_MA
     """How many rounds can be reserved one after another on these very blocks if no candidate is ever approved."""
     from learner.errors import PlanError
 
+    if not found.private:
+        return most if found.new else 0  # nothing is spent, so nothing is divided over attempts
     times: Counter[str] = Counter(found.times_new)
     for count in range(most):
         found = replace(found, new=tuple(b for b in found.new if times[b.block_id] < int(b.policy["attempts"])))

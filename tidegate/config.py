@@ -107,6 +107,7 @@ class IngestSettings(_Section):
 class PrivacySettings(_Section):
     """The policy frozen with each block when it is sealed."""
 
+    enabled: bool = True
     unit: Literal["record", "user"] = "record"
     epsilon: Annotated[float, Field(gt=0, le=50)] = 8.0
     delta: Annotated[float, Field(gt=0, lt=0.01)] = 1e-5
@@ -121,6 +122,8 @@ class PrivacySettings(_Section):
     def _holdout_has_people(self) -> PrivacySettings:
         if self.holdout_evaluations and not self.holdout_share:
             raise ValueError("holdout_evaluations needs somebody in the holdout: holdout_share must be > 0")
+        if self.holdout_evaluations and not self.enabled:
+            raise ValueError("holdout_evaluations must be 0 where enabled is false: there is no account to pay from")
         return self
 
 

@@ -64,8 +64,8 @@ class RoundEnd:
     state: str
     reasons: tuple[str, ...]
     adapter_sha256: str
-    epsilon: float
-    delta: float
+    epsilon: float | None
+    delta: float | None
     unit: str
     share_used: float
     promise: str = ""
@@ -242,6 +242,7 @@ def _attempt(service: Service, plan: RoundPlan, base: Base, tell: Progress) -> T
         plan.plan_hash,
         plan.charges(),
         noise_source=plan.noise_source,
+        uncharged=() if plan.private else [block.id for block in plan.blocks],
     )
     key = _key(service, plan, folder / KEY_FILE, fresh=row.state == "reserved")
     ledger.start(plan.round_id, plan.attempt, plan.plan_hash)
@@ -362,18 +363,18 @@ def _parent_dir(service: Service, plan: RoundPlan) -> Path | None:
 
 
 def _receipt(service: Service, plan: RoundPlan, adapter_sha256: str) -> dict[str, Any]:
-    from privacy.receipts import make_receipt
+    from privacy.receipts import guarantee_of, make_receipt
 
-    # A unit is in one block (unit record) or may be in all (unit user): the claim is the largest sealed one.
-    policies = [service.ledger.policy(block.id) for block in plan.blocks]
+    said = guarantee_of(plan.noise_source, [service.ledger.policy(block.id) for block in plan.blocks])
     return make_receipt(
         plan_hash=plan.plan_hash,
         adapter_sha256=adapter_sha256,
         ledger_head=service.ledger.head(),
-        unit=plan.unit,
-        epsilon=None if plan.noise_source == "test" else max(p.epsilon for p in policies),
-        delta=max(p.delta for p in policies),
-        horizon=policies[0].horizon,
+        unit=said.unit,
+        epsilon=said.epsilon,
+        delta=said.delta,
+        horizon=said.horizon,
+        claim=said.claim,
         signer=service.signer("receipts"),
     )
 

@@ -49,7 +49,7 @@ def judge(
 
         def private() -> PrivateScores:
             if plan.noise_source != "system":
-                why = "a candidate of test noise can never be promoted: nobody in the holdout pays for it"
+                why = "a candidate without private noise: nobody in the holdout pays for it"
                 return PrivateScores(None, refusal=why)
             return holdout.score(service, trained, engine, gate_set, tell)
 
@@ -259,6 +259,8 @@ def facts_about(
         delta=max(p.delta for p in policies),
         unit=plan.unit,
         private=plan.noise_source == "system",
+        unprotected=not plan.private,
+        open_stream=service.is_open(plan.stream),
         promise="; ".join(sorted({policy.promise() for policy in policies})),
         problem=problem,
     )
@@ -316,8 +318,8 @@ def register(
         "state": state,
         "reasons": list(evaluation.reasons),
         "adapter_sha256": trained.adapter_sha256,
-        "epsilon": facts.epsilon,
-        "delta": facts.delta,
+        "epsilon": facts.epsilon if plan.private else None,
+        "delta": facts.delta if plan.private else None,
         "unit": facts.unit,
         "share_used": facts.share_used,
         "promise": facts.promise,
@@ -352,6 +354,7 @@ def _tags(
         "receipt": json.dumps(trained.receipt, sort_keys=True),
         "verdict": json.dumps(verdict, sort_keys=True),
         "continual": line.tag() if line else "",
+        **({} if plan.private else {"guarantee": "none"}),
     }
 
 

@@ -73,5 +73,6 @@ def _step(service: Service, stream: str, chain: list[ModelVersion]) -> dict[str,
         "round_id": version.tag("round_id"),
         "data_revision": revision,
         "plan_hash": version.tag("plan_hash"),
+        "noise_source": plan.get("noise_source", ""),
         "blocks": blocks,
     }

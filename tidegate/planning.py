@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import structlog
 
@@ -76,6 +76,9 @@ class Survey:
         tried: blocks outside it that were new as often as their policy allows.
         times_new: how many rounds each of the blocks outside the ancestry was charged for.
         waits: candidates that wait for a person and hold the schedule.
+        private: whether the next round is one with privacy; the blocks above are of its kind alone.
+        apart: blocks of the other kind: with and without a promise are never mixed.
+        unprotected_parent: live was trained without privacy, and a round with privacy cannot start from it.
     """
 
     stream: str
@@ -87,11 +90,25 @@ class Survey:
     tried: tuple[BlockAccount, ...]
     times_new: Mapping[str, int]
     waits: tuple[int, ...] = ()
+    private: bool = True
+    apart: tuple[str, ...] = ()
+    unprotected_parent: bool = False
+
+    @property
+    def noise_source(self) -> Literal["system", "none"]:
+        """Of the next round."""
+        return "system" if self.private else "none"
 
     @property
     def idle(self) -> str:
         """Why no round is due, though nothing is wrong; empty when one is."""
         if not (self.new or self.replay or self.tried):
+            if self.apart:
+                kind, other = ("with", "without") if self.private else ("without", "with")
+                return (
+                    f"no block is sealed {kind} privacy yet; {len(self.apart)} were sealed {other} it, and the two are "
+                    f"never mixed (privacy.enabled)"
+                )
             return "no block is sealed yet"
         if self.waits:
             numbers = ", ".join(map(str, self.waits))
@@ -101,7 +118,17 @@ class Survey:
         return ""
 
     def require_new(self) -> None:
-        """Raise RoundRefused when every block that is not in the live version was tried as often as it may be."""
+        """Raise RoundRefused when every block that is not in the live version was tried as often as it may be.
+
+        Or when the round cannot start from what is live: an adapter without privacy carries unprotected data, and a
+        candidate that does not descend from live could never be promoted.
+        """
+        if self.unprotected_parent:
+            raise RoundRefused(
+                f"stream={self.stream}: version {self.live_version} is live and was trained without privacy, so a "
+                f"round with privacy cannot start from it; set its stage to Archived in MLflow: the next round starts "
+                f"from the base"
+            )
         if self.new:
             return
         shown = ", ".join(f"{block.block_id} (new in {self.times_new[block.block_id]} rounds)" for block in self.tried)
@@ -125,7 +152,9 @@ def survey(service: Service, stream: str, versions: Sequence[ModelVersion], *, t
         TidegateError: a version stands in Production without a valid approval.
     """
     revision = service.repository().pin(stream)
-    manifests = register_blocks(service, stream, revision)
+    private = service.stream(stream).privacy.enabled
+    everything = register_blocks(service, stream, revision)
+    manifests = [m for m in everything if service.ledger.policy(m.block_id).enabled == private]
     live = ancestry.find_live(versions, service.trusted("approvals")) if manifests else None
     fresh = _fresh_candidates(service, stream, versions, live, tidy=tidy) if manifests else []
     holds = service.stream(stream).learner.waiting == "hold"
@@ -142,7 +171,16 @@ def survey(service: Service, stream: str, versions: Sequence[ModelVersion], *, t
         tried=tuple(_account(service, m) for m in outside if times[m.block_id] >= m.policy.attempts),
         times_new={m.block_id: times[m.block_id] for m in outside},
         waits=tuple(v.version for v in fresh) if holds else (),
+        private=private,
+        apart=tuple(m.block_id for m in everything if m not in manifests),
+        unprotected_parent=private and live is not None and live.adapter_sha256 in _unprotected(service, stream),
     )
+
+
+def _unprotected(service: Service, stream: str) -> frozenset[str]:
+    """Adapters that were trained without privacy, by the ledger: a tag could be forged."""
+    rows = service.ledger.rows(stream)
+    return frozenset(row.adapter_sha256 for row in rows if row.noise_source == "none" and row.state == "committed")
 
 
 def make_plan(
@@ -151,7 +189,7 @@ def make_plan(
     """A plan for the stream's next round, or the reason why none is due.
 
     Raises:
-        RoundRefused: every new block has been tried as often as its policy allows.
+        RoundRefused: every new block has been tried as often as its policy allows, or live was trained without privacy.
         PlanError: no block can pay.
     """
     from learner.plan import plan_round
@@ -171,10 +209,10 @@ def make_plan(
         new=found.new,
         replay=found.replay,
         stopping=stopping_of(service, stream),
-        noise_source="test" if test_noise else "system",
+        noise_source="test" if test_noise else found.noise_source,
         **plan_arguments(service.stream(stream).learner),
     )
-    will_use = max(_share_after(service, charge) for charge in plan.charges())
+    will_use = max((_share_after(service, charge) for charge in plan.charges()), default=0.0)
     log.info(
         "round planned",
         stream=stream,
@@ -182,8 +220,11 @@ def make_plan(
         blocks=len(plan.blocks),
         sigma=plan.sigma,
         steps=plan.steps,
-        filter_used_after=f"{will_use:.1%}",
+        filter_used_after=f"{will_use:.1%}" if plan.private else "nothing is charged: no privacy",
     )
+    if found.apart:
+        reason = "sealed under the other privacy.enabled"
+        log.info("blocks left out", stream=stream, blocks=len(found.apart), reason=reason)
     return plan
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from privacy.policy import WITHOUT_PRIVACY
+from registry.errors import PromotionRefused
 from registry.states import PRODUCTION
 from tidegate.errors import UnknownName
 
@@ -47,6 +49,9 @@ def _without_registry(service: Service, stream: str, target: int, *, why: str, w
     approved = [r for r in approvals.history(model) if r["version"] == target and r["to"] == PRODUCTION]
     if not approved:
         raise UnknownName(f"version={target}: was never approved for {model}; see `tidegate history {stream}`")
+    guarantee = str(approved[-1].get("guarantee", ""))
+    if guarantee and not service.is_open(stream):
+        raise PromotionRefused(f"version {target} of {model} {WITHOUT_PRIVACY}")
     row = approvals.append(
         model=model,
         version=target,
@@ -56,6 +61,7 @@ def _without_registry(service: Service, stream: str, target: int, *, why: str, w
         who=who,
         why=why,
         kind="emergency",
+        guarantee=guarantee,
     )
     write_emergency(service.workspace.serving / stream, stream, row)
     return (

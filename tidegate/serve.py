@@ -77,6 +77,7 @@ def swaps_of(service: Service) -> list[HotSwap]:
                 trusted=service.trusted("approvals"),
                 cache=service.workspace.serving / stream,
                 model=model,
+                open_stream=service.is_open(stream),
                 poll_seconds=settings.serving.poll_seconds,
             )
         )

@@ -8,7 +8,8 @@ import urllib.request
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from registry.states import PRODUCTION, waiting
+from privacy.policy import NO_PRIVACY
+from registry.states import PRODUCTION, ModelVersion, waiting
 from tidegate import ancestry, budget, heartbeat, timetable
 from tidegate.errors import expected_errors
 from tidegate.locks import is_held
@@ -67,8 +68,14 @@ def _stream(service: Service, name: str, serving: dict[str, Any] | None, alarms:
     }
     try:
         versions = service.store.versions(service.model(name))
-        row["wanted"] = ", ".join(str(v.version) for v in versions if v.stage == PRODUCTION) or "base"
-        row["waiting"] = ", ".join(str(v.version) for v in waiting(versions)) or "none"
+        trusted = service.trusted("receipts")
+
+        def shown(version: ModelVersion) -> str:
+            bare = ancestry.guarantee(version, trusted) == NO_PRIVACY
+            return f"{version.version} ({NO_PRIVACY})" if bare else str(version.version)
+
+        row["wanted"] = ", ".join(shown(v) for v in versions if v.stage == PRODUCTION) or "base"
+        row["waiting"] = ", ".join(shown(v) for v in waiting(versions)) or "none"
         ancestry.find_live(versions, service.trusted("approvals"))
         if manifests:
             left = budget.look(service, name, versions)

@@ -82,7 +82,20 @@ class Service:
         """What a promotion is checked against where MLflow runs no guard."""
         from registry.promotion import Trust
 
-        return Trust.from_dir(self.keys_dir)
+        return Trust.from_dir(self.keys_dir, self.open_models())
+
+    def is_open(self, stream: str) -> bool:
+        """Whether nothing was ever promised to anybody in a stream: privacy is off, and no block was sealed with it on.
+
+        Only such a stream may promote and serve what was trained without privacy.
+        """
+        if self.stream(stream).privacy.enabled:
+            return False
+        return not any(getattr(m.policy, "enabled", True) for m in self.repository().manifests(stream))
+
+    def open_models(self) -> list[str]:
+        """Registered models of the streams that are open."""
+        return [self.model(stream) for stream in self.settings.streams if self.is_open(stream)]
 
     def secret_bytes(self, name: str) -> bytes:
         """A key of 32 random bytes in the keys folder (mode 0600), made on first use."""
@@ -207,6 +220,7 @@ class Service:
             horizon=privacy.horizon,
             holdout_epsilon=privacy.holdout_epsilon,
             holdout_evaluations=privacy.holdout_evaluations,
+            enabled=privacy.enabled,
         )
 
     def base(self, stream: str, progress: Callable[[int, int, str], None] | None = None) -> Base:

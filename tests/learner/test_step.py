@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from learner.errors import RoundError
 from learner.plan import LoraSettings
 from learner.prefix import SplitModel
-from learner.sampling import Unit
-from learner.step import Limits, add_weighted, clip_weights, loss_gradient
+from learner.sampling import Unit, draw
+from learner.step import Limits, NoMechanism, add_weighted, clip_weights, loss_gradient
 from tests.learner.rounds import clipped, examples, one_at_a_time, plain_model, private_step, stream
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -41,6 +41,20 @@ def test_batched_gradient_is_the_clipped_sum_of_one_example_at_a_time(tiny, lora
     model, parameters = plain_model(tiny, lora)
     oracle = sum(clipped(one_at_a_time(model, parameters, e).double(), 0.5) for e in made)
     assert relative(step.clipped_sum(range(count), stream()), oracle) < TOLERANCE
+
+
+def test_a_step_without_privacy_is_the_plain_mean_of_the_same_draw(tiny):
+    made = examples(tiny, 7)
+    lora, step = private_step(tiny, made, settings=LoraSettings(r=4, layers=2), clip=0.5)
+    step._mechanism = NoMechanism(8.0)
+    model, parameters = plain_model(tiny, lora)
+    drawn = draw([Unit(0.5, (i,)) for i in range(7)], stream())
+    assert 0 < len(drawn) < 7
+    oracle = sum(one_at_a_time(model, parameters, made[i]).double() for i in drawn) / 8.0
+    assert relative(step.gradient(stream()), oracle) < TOLERANCE
+    with pytest.raises(TypeError, match="no clip norm"):
+        step.clipped_sum(drawn, stream())
+    assert float(step.gradient(stream(step=1)).norm()) != pytest.approx(float(oracle.norm()))
 
 
 def test_the_oracle_tells_a_token_mean_over_the_batch_apart(tiny):

@@ -304,3 +304,21 @@ def test_a_frozen_policy_comes_back_and_forged_caps_are_refused():
     frozen["caps"][5] *= 2
     with pytest.raises(PolicyError, match="caps"):
         Policy.from_frozen(frozen)
+
+
+def test_a_policy_without_privacy_says_so_can_pay_for_nothing_and_the_others_are_written_as_before():
+    written = Policy("record", 8.0, 1e-5).frozen(500)
+    assert " ".join(written) == (
+        "unit epsilon delta orders caps horizon attempts replay_share holdout_share holdout_epsilon "
+        "holdout_evaluations nominal_units"
+    )
+    policy = Policy("record", 8.0, 1e-5, enabled=False)
+    frozen = policy.frozen(500)
+    assert (frozen["enabled"], set(frozen["caps"]), policy.promise()) == (False, {0.0}, "no privacy: enabled=false")
+    assert Policy.from_frozen(frozen) == policy
+    assert not accounting.fits((0.0,) * 16, (0.0,) * 16, policy.caps)
+    for forged in ({**written, "enabled": True}, {**written, "enabled": False}, {**written, "enabled": 0}):
+        with pytest.raises(PolicyError, match=r"enabled|caps"):
+            Policy.from_frozen(forged)
+    with pytest.raises(PolicyError, match="no account"):
+        Policy("record", 8.0, 1e-5, holdout_evaluations=3, enabled=False)

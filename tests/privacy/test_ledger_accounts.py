@@ -323,3 +323,28 @@ def test_many_blocks_are_made_known_at_once_or_none_is(ledger):
     assert list(ledger.snapshot("s").accounts) == ["b1", "b2", "b3", "n2", "n1"]
     with pytest.raises(LedgerError, match="n9: unknown"):
         ledger.accounts(["n1", "n9"])
+
+
+def test_users_are_trained_with_privacy_or_without_in_a_stream_but_never_both(tmp_path):
+    """Somebody may be in any block of the stream: one round without privacy would end the promise to them."""
+    for number, order in enumerate(("open first", "private first")):
+        ledger = Ledger(f"sqlite:///{tmp_path / f'{number}.db'}")
+        ledger.register_block("s", "bare", Policy("user", 8.0, 1e-5, enabled=False).frozen(500))
+
+        def bare(ledger=ledger):
+            ledger.reserve("s", "r1", 1, "a" * 64, [], noise_source="none", uncharged=["bare"])
+
+        if order == "private first":
+            ledger.register_block("s", "promised", Policy("user", 8.0, 1e-5).frozen(500))
+            with pytest.raises(LedgerError, match="somebody may be in both"):
+                bare()
+            ledger.reserve("s", "r2", 1, "b" * 64, [Charge("promised", 0.1, 2.0, 10)])
+            told = {block.block: (block.rounds, block.claim) for block in audit(ledger, "s").blocks}
+            assert told["bare"] == ((), "no privacy: enabled=false"), "what users paid, they paid for the other block"
+            assert told["promised"] == (("r2",), "(8, 1e-05)-DP per user, for life")
+        else:
+            bare()
+            ledger.register_block("s", "promised", Policy("user", 8.0, 1e-5).frozen(500))
+            with pytest.raises(LedgerError, match="somebody may be in both"):
+                ledger.reserve("s", "r2", 1, "b" * 64, [Charge("promised", 0.1, 2.0, 10)])
+        ledger.close()

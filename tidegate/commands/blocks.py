@@ -78,15 +78,19 @@ def block(given: str | None, block_id: str, *, content: bool, split: str | None,
 
 
 def _tell(facts: dict[str, Any]) -> None:
+    from privacy.policy import NO_PRIVACY
+
     names = ("block", "stream", "topic", "incarnation", "sealed_at", "sealed_by_commit", "revision", "suite_sha256")
     output.facts({name.replace("_", " "): facts[name] for name in names})
     counts, policy = facts["counts"], facts["policy"]
+    promise = f"({policy['epsilon']:g}, {policy['delta']:g})-DP per {policy['unit']}, horizon {policy['horizon']}"
+    if not policy.get("enabled", True):
+        promise = NO_PRIVACY
     parts = " + ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in counts if name != "in")
     output.facts(
         {
             "counts": f"{counts['in']} in = {parts}",
-            "policy": f"({policy['epsilon']:g}, {policy['delta']:g})-DP per {policy['unit']}, horizon "
-            f"{policy['horizon']}, {policy['attempts']} attempts, {policy['nominal_units']} nominal units",
+            "policy": f"{promise}, {policy['attempts']} attempts, {policy['nominal_units']} nominal units",
             "filter": f"{facts['filter_used']:.1%} used",
         }
     )

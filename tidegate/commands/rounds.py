@@ -25,7 +25,7 @@ from tidegate import output
 def round(  # noqa: A001 - the command's name
     given: str | None, stream: str, *, test_noise: int | None, quiet: bool, want_json: bool
 ) -> None:
-    """Run one private round of STREAM now: plan, reserve, train, evaluate, register.
+    """Run one round of STREAM now, private unless privacy.enabled is false: plan, reserve, train, evaluate, register.
 
     The blocks' budgets are reserved durably before the first private byte is read. A round that was killed resumes
     exactly, and is charged once. With nothing new, or a candidate that waits, nothing runs and the exit code is 0.
@@ -48,9 +48,9 @@ def round(  # noqa: A001 - the command's name
         output.say(f"version  {end.version}: {end.outcome}, now {end.state}")
         for reason in end.reasons:
             output.say(f"         {reason}")
+        used = "nothing" if end.epsilon is None else f"at most {end.share_used:.1%} of a block's filter"
         output.say(
-            f"spent    at most {end.share_used:.1%} of a block's filter; "
-            f"claim {end.promise or f'epsilon {end.epsilon:g}, delta {end.delta:g} per {end.unit}'}"
+            f"spent    {used}; claim {end.promise or f'epsilon {end.epsilon:g}, delta {end.delta:g} per {end.unit}'}"
         )
 
 

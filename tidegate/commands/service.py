@@ -94,6 +94,7 @@ def mlflow(given: str | None) -> None:
         port=settings.port,
         approvals_url=service.approvals_url,
         keys_dir=service.keys_dir,
+        open_models=service.open_models(),
     ) as running:
         output.say(f"MLflow with the guard: {service.mlflow_uri}")
         while not stop.wait(1.0):

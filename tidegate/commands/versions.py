@@ -40,6 +40,7 @@ def versions(given: str | None, stream: str, *, want_json: bool) -> None:
                 "state": version.tag("state"),
                 "alias": ",".join(version.aliases),
                 "verdict": verdict["outcome"] if verdict else "no valid signature",
+                "guarantee": ancestry.guarantee(version, service.trusted("receipts")),
                 "parent_version": version.tag("parent_version") or "base",
                 "round": version.tag("round_id"),
                 "adapter_sha256": version.tag("adapter_sha256"),
@@ -50,8 +51,9 @@ def versions(given: str | None, stream: str, *, want_json: bool) -> None:
     if want_json:
         output.as_json(rows)
         return
-    columns = ("version", "stage", "state", "alias", "verdict", "parent", "round", "adapter", "kept", "evidence")
-    cells = [(*list(r.values())[:7], str(r["adapter_sha256"])[:12], _kept(r), r["url"]) for r in rows]
+    first = ("version", "stage", "state", "alias", "verdict", "guarantee")
+    columns = (*first, "parent", "round", "adapter", "kept", "evidence")
+    cells = [(*list(r.values())[:8], str(r["adapter_sha256"])[:12], _kept(r), r["url"]) for r in rows]
     output.table(f"versions of {stream}", columns, cells)
 
 
@@ -140,4 +142,7 @@ def history(given: str | None, stream: str, *, want_json: bool) -> None:
         output.as_json(rows)
         return
     columns = ("seq", "when", "who", "kind", "version", "from", "to", "why")
+    for row in rows:
+        if row.get("guarantee") == "none":
+            row["kind"] += ", without privacy"
     output.table(f"history of {stream} (verified)", columns, [[r[c] for c in columns] for r in rows])
