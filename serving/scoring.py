@@ -6,9 +6,10 @@ changes what is found:
 
 - The tokens all prompts begin with (system prompt, template) are run once a call.
 - What lies below the lowest layer that any of the adapters changes is the same for all: run once, branched above.
-- A branch is followed only while a label on it can still matter: what was seen of a label bounds its likelihood.
+- A branch is followed only while a label on it can still matter: what was seen of a label bounds its likelihood. The
+  likeliest is followed to its end at once, since a run of few tokens costs almost as much as one of many.
 - Greedy answers are read off the same pass: while the likeliest token is a branch of the tree, it is a step of the
-  answer too. Answers that leave the tree are finished together, whichever adapter writes them.
+  answer too. Answers that leave the tree are finished together, whichever adapter and whichever pass they are of.
 
 Tokens of one run lie packed behind each other, whatever prompt they belong to, so that nothing is spent on padding;
 only attention sees them as rows.
@@ -17,7 +18,7 @@ only attention sees them as rows.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -169,7 +170,7 @@ class Scorer:
         common = len(_common(prompts))
         shared = min((a.lowest for a in adapters if a is not None), default=self._decoder.depth)
         beginning = self._beginning(prompts[0][:common], adapters, shared)
-        left: list[Written] = []
+        unfinished = Unfinished(self._decoder, self._ends, adapters, max_tokens)
         for rows in _passes(prompts, common):
             one = Pass(self._decoder, tree, adapters, shared, [prompts[row] for row in rows], common)
             one.read(beginning)
@@ -178,11 +179,12 @@ class Scorer:
             scored = [Scored(i, rows, values) for i, values in enumerate(one.scores())] if within >= 0 else []
             written = one.written(rows, self._ends, max_tokens)
             yield [*scored, *(answer for answer in written if answer.ended or answer.broken)]
-            left += [answer for answer in written if not (answer.ended or answer.broken)]
-            if len(left) >= WRITING_ROWS:
-                yield from self._finish(left, adapters, max_tokens)
-                left = []
-        yield from self._finish(left, adapters, max_tokens)
+            unfinished.add(answer for answer in written if not (answer.ended or answer.broken))
+            del one  # its memory, before more is needed
+            while unfinished.full:
+                yield unfinished.step()
+        while unfinished.any:
+            yield unfinished.step()
 
     def _beginning(self, common: Sequence[int], adapters: Sequence[Resident | None], shared: int) -> list[Memory]:
         """For each adapter, keys and values, (1, K, C, D) a layer, of the tokens all prompts begin with."""
@@ -208,36 +210,73 @@ class Scorer:
             decoder.run(below, positions, _everywhere(adapter), attend_in(memory), start=shared)
         return memories
 
-    def _finish(
-        self, left: Sequence[Written], adapters: Sequence[Resident | None], max_tokens: Sequence[int]
-    ) -> Iterator[Found]:
-        """Write the answers that left the tree to their ends, in one batch, whatever adapters they are of."""
-        if not left:
-            return
-        slots = Slots(self._decoder, min(len(left), WRITING_ROWS))
-        waiting, writing = deque(left), list[Written]()
-        while waiting or writing:
-            while waiting and len(writing) < WRITING_ROWS:
-                answer = waiting.popleft()
-                slots.adopt(answer.keys, answer.values, adapters[answer.adapter])
-                answer.keys = answer.values = torch.empty(0)
-                writing.append(answer)
-            likeliest, tokens = slots.step([answer.tokens[-1] for answer in writing]).max(dim=-1)
-            finite, chosen = likeliest.isfinite().tolist(), tokens.tolist()
-            done = []
-            for row in reversed(range(len(writing))):
-                answer = writing[row]
-                answer.broken = not finite[row]
-                answer.ended = chosen[row] in self._ends
-                if not (answer.broken or answer.ended):
-                    answer.tokens.append(chosen[row])
-                    answer.ended = len(answer.tokens) >= max_tokens[answer.adapter]
-                if answer.broken or answer.ended:
-                    slots.remove(row)
-                    writing[row] = writing[-1]
-                    writing.pop()
-                    done.append(answer)
-            yield done
+
+class Unfinished:
+    """Answers that left the tree, written to their ends in one batch, whatever prompts and adapters they are of.
+
+    The batch outlives a pass over prompts: those that are left of it go on with those of the next.
+
+    Args:
+        decoder: the model.
+        ends: tokens that end an answer.
+        adapters: A of them.
+        max_tokens: of an answer of each.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        ends: frozenset[int],
+        adapters: Sequence[Resident | None],
+        max_tokens: Sequence[int],
+    ) -> None:
+        self._ends = ends
+        self._adapters = adapters
+        self._max_tokens = max_tokens
+        self._slots = Slots(decoder, WRITING_ROWS)
+        self._waiting: deque[Written] = deque()
+        self._writing: list[Written] = []
+
+    def add(self, answers: Iterable[Written]) -> None:
+        """Take in some more, with their keys and values."""
+        self._waiting.extend(answers)
+
+    @property
+    def any(self) -> bool:
+        """Whether there is anything to write."""
+        return bool(self._waiting or self._writing)
+
+    @property
+    def full(self) -> bool:
+        """Whether a step would have as many rows as it may."""
+        return len(self._waiting) + len(self._writing) >= WRITING_ROWS
+
+    def step(self) -> Found:
+        """One more token of as many as fit; those that ended with it."""
+        while self._waiting and len(self._writing) < WRITING_ROWS:
+            answer = self._waiting.popleft()
+            self._slots.adopt(answer.keys, answer.values, self._adapters[answer.adapter])
+            answer.keys = answer.values = torch.empty(0)
+            self._writing.append(answer)
+        likeliest, tokens = self._slots.step([answer.tokens[-1] for answer in self._writing]).max(dim=-1)
+        finite, chosen = likeliest.isfinite().tolist(), tokens.tolist()
+        done = []
+        for row in reversed(range(len(self._writing))):
+            answer = self._writing[row]
+            self._take(answer, chosen[row], finite=finite[row])
+            if answer.broken or answer.ended:
+                self._slots.remove(row)
+                self._writing[row] = self._writing[-1]
+                self._writing.pop()
+                done.append(answer)
+        return done
+
+    def _take(self, answer: Written, token: int, *, finite: bool) -> None:
+        answer.broken = not finite
+        answer.ended = token in self._ends
+        if not (answer.broken or answer.ended):
+            answer.tokens.append(token)
+            answer.ended = len(answer.tokens) >= self._max_tokens[answer.adapter]
 
 
 class Pass:
@@ -298,7 +337,10 @@ class Pass:
         """(A, B, N) which nodes must be run next: of labels that can still matter, and those answers go through."""
         found = np.zeros_like(self._run_for)
         if within >= 0 and len(self._tree.paths):
-            self._open(within, found)
+            self._open(within, found, to_the_end=True)
+            if found.any(axis=0).sum() > PASS_TOKENS:
+                found[:] = False
+                self._open(within, found, to_the_end=False)
         for model in (model for model, most in enumerate(max_tokens) if most):
             for row in range(len(self._prompts)):
                 node, _, ended = self._walk(model, row, ends, max_tokens[model])
@@ -345,8 +387,14 @@ class Pass:
 
     # How
 
-    def _open(self, within: float, found: NDArray[np.bool_]) -> None:
-        """Mark the next node of each label that may be within so many nats of the likeliest, per adapter and row."""
+    def _open(self, within: float, found: NDArray[np.bool_], *, to_the_end: bool) -> None:
+        """Mark what must be run of each label that may be within so many nats of the likeliest, per adapter and row.
+
+        Args:
+            within: in nats.
+            found: (A, B, N) where it is marked.
+            to_the_end: where no label is whole yet, all that is left of the likeliest; else the next node alone.
+        """
         tree, bounds = self._tree, self.scores()
         run = self._run_for[:, :, tree.edges[:, 0]]
         run = np.concatenate((run, np.ones((*run.shape[:2], 1), dtype=bool)), axis=2)  # the edge -1 is no open end
@@ -354,9 +402,13 @@ class Pass:
         whole = seen.all(axis=3)
         best = np.where(whole, bounds, -np.inf).max(axis=2, keepdims=True)
         best = np.where(np.isneginf(best), bounds.max(axis=2, keepdims=True), best)
-        model, row, label = np.nonzero((bounds >= best - within) & ~whole)
-        edge = tree.paths[label, seen[model, row, label].argmin(axis=1)]
-        found[model, row, tree.edges[edge, 0]] = True
+        open_ends = ((bounds >= best - within) & ~whole)[..., None] & ~seen
+        ahead = np.cumsum(~seen, axis=3) == 1
+        if to_the_end:
+            ahead |= ~whole.any(axis=2)[:, :, None, None]
+        open_ends &= ahead
+        model, row, label, depth = np.nonzero(open_ends)
+        found[model, row, tree.edges[tree.paths[label, depth], 0]] = True
 
     def _walk(self, model: int, row: int, ends: frozenset[int], max_tokens: int) -> tuple[int, list[int], bool]:
         """How far the greedy answer is known: (the last node, tokens up to it, whether the answer ends there)."""
