@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from evaluation.continual import Memory
 from evaluation.metrics import Score
 from evaluation.private import PrivateScores, PrivateSlice, slices_of
-from evaluation.verdict import Evaluation, Gate, ModelScores, Slice
+from evaluation.verdict import Evaluation, Gate, ModelScores
 
 if TYPE_CHECKING:
     from learner.base import Base
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 PLOT_NAME = "accuracy.png"
 PAGE_NAME = "report.html"
 _SEEN = {"passed": "✅ passed", "failed": "❌ FAILED", "undecided": "❔ undecided"}
-_ADVICE = {"passed": "yes", "failed": "no", "undecided": "unknown"}
 # A page is for judging, not for archives: the plan, a tag of the version, lists every block.
 _BLOCKS_SHOWN = 12
 # Okabe and Ito's palette: told apart with every form of colour blindness; markers differ too.
@@ -57,7 +56,7 @@ def version_markdown(
         *(() if kept is None else (_remembered(kept),)),
         *(() if evaluation.private is None else (_privately(evaluation.private),)),
         _spent(evaluation),
-        _origin(evaluation, data_revision, blocks, parent, base),
+        _origin(data_revision, blocks, parent, base),
         _not_measured(evaluation),
     )
     return "\n\n".join(parts) + "\n"
@@ -117,80 +116,60 @@ def _verdict(evaluation: Evaluation) -> str:
     )
 
 
-def _gates(evaluation: Evaluation) -> str:
+def _domains(evaluation: Evaluation) -> str:
+    """What changed against live; against the base while nothing is live."""
+    other = "live" if any(part.live for part in evaluation.slices) else "base"
     lines = [
-        "### Gates",
+        f"### Against {'live' if other == 'live' else 'the base'}",
         "",
-        "| gate | result | value | ± se | must be |",
-        "|---|---|---:|---:|---|",
-    ]
-    lines += [_gate_row(gate) for gate in evaluation.gates]
-    gate_set = evaluation.gate_set
-    lines += [
+        "Accuracy in % ± standard error, and its change in points.",
         "",
-        f"Gate set `{gate_set['name']}`: {gate_set['data']}, {gate_set['n']} records, sha256 `{gate_set['sha256']}`.",
-        "Gains and drops are in percentage points.",
+        f"| domain | n | {other} | candidate | change |",
+        "|---|---:|---:|---:|---:|",
     ]
+    for part in evaluation.slices:
+        gain = part.gain_over_live if other == "live" else part.gain_over_base
+        cells = (
+            _safe(part.domain) if part.domain else "**all records**",
+            str(part.n),
+            _scores(part.live if other == "live" else part.base),
+            _scores(part.candidate),
+            f"{100 * gain.value:+.1f} ± {100 * gain.se:.1f}" if gain else "-",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _gates(evaluation: Evaluation) -> str:
+    """The gates that decide; the others are counted."""
+    decide = [gate for gate in evaluation.gates if gate.hard]
+    shown = len(evaluation.gates) - len(decide)
+    gate_set = evaluation.gate_set
+    told = f"Gate set {_code(str(gate_set['name']))}: {gate_set['data']}, {gate_set['n']} records."
+    if shown:
+        told += f" {shown} more gates are only shown, in the whole report."
+    lines = ["### Gates", "", "| gate | result | value | must be |", "|---|---|---:|---|"]
+    return "\n".join([*lines, *(_gate_row(gate) for gate in decide), "", told])
 
 
 def _gate_row(gate: Gate) -> str:
-    result = _SEEN[gate.outcome] if gate.hard else _ADVICE[gate.outcome]
-    cells = (
-        gate.name.replace("_", " ") + ("" if gate.hard else " (shown only)"),
-        result,
-        _number(gate.value),
-        _number(gate.se),
-        gate.bound,
-    )
+    value = _number(gate.value) + ("" if gate.se is None else f" ± {gate.se:.2g}")
+    cells = (gate.name.replace("_", " "), _SEEN[gate.outcome], value, gate.bound)
     return "| " + " | ".join(_safe(cell) for cell in cells) + " |"
-
-
-def _domains(evaluation: Evaluation) -> str:
-    lines = [
-        "### By domain",
-        "",
-        "Accuracy ± standard error in %, macro-F1 in brackets; the change is of accuracy, in points.",
-        "",
-        "| domain | n | majority label | base | live | candidate | against live | p, worse |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    lines += [_domain_row(part) for part in evaluation.slices]
-    return "\n".join(lines)
-
-
-def _domain_row(part: Slice) -> str:
-    gain = part.gain_over_live
-    cells = (
-        _safe(part.domain) if part.domain else "**all records**",
-        str(part.n),
-        f"{100 * part.majority:.1f}",
-        _scores(part.base),
-        _scores(part.live),
-        _scores(part.candidate),
-        f"{100 * gain.value:+.1f} ± {100 * gain.se:.1f}" if gain else "-",
-        _number(part.p_worse_than_live),
-    )
-    return "| " + " | ".join(cells) + " |"
 
 
 def _remembered(kept: Memory) -> str:
     """Average accuracy, backward transfer and forgetting along the version's ancestry."""
     average = "-" if kept.average_accuracy is None else f"{100 * kept.average_accuracy:.1f}"
-    lines = ["### What its line of versions has kept", "", f"Average accuracy over the domains: {average}%."]
+    head = f"### What its line of versions has kept\n\nAverage accuracy over the domains: {average}%."
     if kept.backward_transfer is None:
-        return "\n".join(
-            [*lines, "It has no ancestor that was judged on this gate set: there is nothing to forget yet."]
-        )
-    lines += [
-        f"Backward transfer, the change since a domain was first judged: {100 * kept.backward_transfer:+.1f} points.",
-        "Forgetting, what the best of its ancestors did better; below zero it is itself the best:",
-        "",
-        "| domain | forgetting, points |",
-        "|---|---:|",
-        *(f"| {_safe(domain)} | {100 * value:+.1f} |" for domain, value in kept.forgetting.items()),
-    ]
-    return "\n".join(lines)
+        return f"{head} It has no ancestor that was judged on this gate set: there is nothing to forget yet."
+    lost = ", ".join(f"{_safe(domain)} {100 * value:+.1f}" for domain, value in kept.forgetting.items())
+    return (
+        f"{head} Backward transfer, the change since a domain was first judged: {100 * kept.backward_transfer:+.1f} "
+        "points. Forgetting, what the best of its ancestors did better (below zero it is itself the best), in points: "
+        f"{lost}."
+    )
 
 
 def _spent(evaluation: Evaluation) -> str:
@@ -252,10 +231,9 @@ def _private_row(part: PrivateSlice) -> str:
     return "| " + " | ".join((name, votes, share(part.live), share(part.candidate), cell(part.gain))) + " |"
 
 
-def _origin(evaluation: Evaluation, revision: str, blocks: Sequence[str], parent: str, base: Base) -> str:
+def _origin(revision: str, blocks: Sequence[str], parent: str, base: Base) -> str:
     shown = ", ".join(_code(block) for block in blocks[:_BLOCKS_SHOWN])
     more = f" and {len(blocks) - _BLOCKS_SHOWN} more" if len(blocks) > _BLOCKS_SHOWN else ""
-    source = base.provenance.get("source", "unknown")
     return "\n".join(
         (
             "### Where it comes from",
@@ -266,9 +244,6 @@ def _origin(evaluation: Evaluation, revision: str, blocks: Sequence[str], parent
             f"| blocks ({len(blocks)}) | {shown}{more} |",
             f"| trained from | {_safe(parent)} |",
             f"| base model | {_safe(base.name)}, licence {_safe(base.licence)} |",
-            f"| base from | {_safe(source)} |",
-            f"| base sha256 | `{base.sha256}` |",
-            f"| adapter sha256 | `{evaluation.facts.adapter_sha256}` |",
         )
     )
 
@@ -278,10 +253,7 @@ def _not_measured(evaluation: Evaluation) -> str:
 
 
 def _scores(scores: ModelScores | None) -> str:
-    if scores is None:
-        return "-"
-    accuracy, macro_f1 = scores.accuracy, scores.macro_f1
-    return f"{100 * accuracy.value:.1f} ± {100 * accuracy.se:.1f} ({macro_f1.value:.2f})"
+    return "-" if scores is None else f"{100 * scores.accuracy.value:.1f} ± {100 * scores.accuracy.se:.1f}"
 
 
 def _number(value: float | None) -> str:
@@ -289,8 +261,12 @@ def _number(value: float | None) -> str:
 
 
 def _safe(text: str) -> str:
-    """Text that came from outside, such as a block's id or an engine's message: it must not become markup."""
-    return re.sub(r"([\\`*\[\]<|~])", r"\\\1", " ".join(text.split()))
+    """Text that came from outside, such as a block's id or an engine's message: it must not become markup.
+
+    MLflow's renderer takes `<` for markup although it is escaped by a backslash, so that is an entity.
+    """
+    plain = " ".join(text.split()).replace("<=", "≤").replace(">=", "≥")
+    return re.sub(r"([\\`*\[\]|~])", r"\\\1", plain.replace("&", "&amp;").replace("<", "&lt;"))
 
 
 def _code(text: str) -> str:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,7 @@ def _round(script: Script) -> dict[str, Any]:
     output.say(f"version {end['version']}: {end['outcome']}, now {end['state']}, in {time.monotonic() - begun:.0f} s")
     for reason in end["reasons"]:
         output.say(f"  {reason}")
-    output.say((script.root / "rounds" / end["round_id"] / "report.md").read_text(encoding="utf-8"))
+    output.say(unescape((script.root / "rounds" / end["round_id"] / "report.md").read_text(encoding="utf-8")))
     script.summary.append((end["round_id"], f"version {end['version']} {end['outcome']}: {'; '.join(end['reasons'])}"))
     return end
 

