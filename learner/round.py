@@ -33,7 +33,7 @@ from learner.prefix import PrefixCache, Recompute, Spill, SplitModel
 from learner.prompt import Renderer
 from learner.sampling import Unit, draw, gather
 from learner.step import Example, Limits, Mechanism, NoMechanism, PrivateStep
-from learner.stopping import Signal, Stopper
+from learner.stopping import Signal, Stopper, of_outcome
 from privacy.canonical import sha256_of
 from privacy.randomness import KeyedStream, RoundKey, TestKey
 
@@ -146,7 +146,12 @@ def run_round(
         streams = [KeyedStream(key, context, step) for step in range(plan.steps)]
         done = begun = found.step if found else 0
         optimiser = _continue(lora, plan, found)
+
+        def outcome(theta: Tensor) -> Tensor:
+            return averaged(begin, theta, kept.weight) if kept.method == "average" and parent_dir else theta
+
         score = signal.prepare(partial(_example, renderer, max_tokens=max_tokens)) if signal else None
+        score = of_outcome(score, outcome) if score else None
         stopper = Stopper(plan.stopping, score, (found.stopping, found.best) if found else ("", None))
 
         def keep() -> None:
@@ -169,8 +174,7 @@ def run_round(
             stopper.after(done, plan.steps, lora)
             keep()
         stopper.settle(lora)
-        if kept.method == "average" and parent_dir:
-            lora.theta.copy_(averaged(begin, lora.theta, kept.weight))
+        lora.theta.copy_(outcome(lora.theta))
     delta = _largest_change(lora, begin)
     digest = write_adapter(out_dir, plan.lora, lora.weights(), base)
     log.info("round trained", stream=plan.stream, round_id=plan.round_id, attempt=plan.attempt, steps=done)

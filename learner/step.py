@@ -225,7 +225,7 @@ def clip_weights(rows: Tensor, clip_norm: float | Tensor) -> Tensor:
 
 
 def add_weighted(total: Tensor, rows: Tensor, weights: Tensor) -> None:
-    """Total += sum_u weights_u * rows_u; total (P,) fp64, rows (U, P) fp32, weights (U,) fp64.
+    """Add sum_u weights_u * rows_u to the total; total (P,) fp64, rows (U, P) fp32, weights (U,) fp64.
 
     Products and sums are fp64: n units are off by at most n * 2^-52 of n clip norms, for a million far below what
     CLIP_MARGIN sets aside. In fp32 one unit would shift the rounding of all others by more.

@@ -88,6 +88,20 @@ class Stopper:
             lora.theta.copy_(self.best)
 
 
+def of_outcome(score: Score, outcome: Callable[[Tensor], Tensor]) -> Score:
+    """Score what a round would end with, given its present weights (P,), and leave those as they are."""
+
+    def scored(lora: LoraModel) -> float:
+        trained = lora.theta.clone()
+        lora.theta.copy_(outcome(trained))
+        try:
+            return score(lora)
+        finally:
+            lora.theta.copy_(trained)
+
+    return scored
+
+
 def likelihood(examples: Sequence[Example], *, tokens_max: int = 2048, prefix_bytes_max: int = 1 << 28) -> Score:
     """Scores weights by the mean log-likelihood of public completions, per token, each record counting the same.
 

@@ -19,7 +19,7 @@ def main() -> None:
 
     setup, base, cache, data, build, out = map(Path, sys.argv[1:])
     settings = pickle.loads(setup.read_bytes())  # noqa: S301 - the test itself wrote it
-    bench.run(settings, prepare_base(str(base), cache), data, build, out, 1)
+    bench.run(settings, prepare_base(str(base), cache), data, build, out, 1, ["base", *bench.jobs_of(settings)])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from learner.adapter import read_adapter
 from learner.base import load_model
 from learner.errors import RoundError
 from learner.lora import LoraModel
-from learner.plan import LoraSettings, StoppingSettings
+from learner.plan import ContinualSettings, LoraSettings, StoppingSettings
 from learner.round import Speed
 from learner.step import Example
 from learner.stopping import Signal, Stopper, likelihood
@@ -65,6 +65,16 @@ def test_a_round_that_goes_on_gaining_takes_every_step_and_looks_at_its_last(tin
     assert output.steps == 6
     assert len(script.seen) == 2, "after steps 4 and 6"
     assert same(kept(output), script.seen[1])
+
+
+def test_what_is_scored_is_what_the_round_would_end_with_also_where_it_averages(tiny, tmp_path):
+    first = run(tiny, tmp_path / "1")
+    script = Scripted(-3.0, -1.0, -2.0, -1.0)
+    averaging = ContinualSettings(method="average", weight=0.25)
+    second = plan(tiny, round_id="r2", parent_sha256=first.adapter_sha256, stopping=stopping(), continual=averaging)
+    output = run(tiny, tmp_path / "2", second, parent_dir=first.adapter_dir, signal=script.signal())
+    assert same(kept(output), script.seen[1])
+    assert not same(script.seen[0], kept(first))
 
 
 def test_a_score_that_is_no_number_is_no_gain(tiny, tmp_path):
