@@ -79,9 +79,12 @@ class World:
             )
 
     def reserve(self, plan):
-        charges = [Charge(b["id"], b["q"], plan["sigma"], plan["steps"]) for b in plan["blocks"]]
+        bare = plan["noise_source"] == "none"
+        blocks = [] if bare else plan["blocks"]
+        charges = [Charge(b["id"], b["q"], plan["sigma"], plan["steps"]) for b in blocks]
         name = (plan["round_id"], plan["attempt"], sha256_of(plan))
-        self.ledger.reserve("s", *name, charges, noise_source=plan["noise_source"])
+        uncharged = ["bare"] if bare else []
+        self.ledger.reserve("s", *name, charges, noise_source=plan["noise_source"], uncharged=uncharged)
         return name
 
     def round(self, number, blocks, *, parent=None, attempt=1, noise="system", outcome="passed", register=True):
@@ -95,8 +98,9 @@ class World:
             adapter_sha256=sha,
             ledger_head=self.ledger.head(),
             unit="record",
-            epsilon=None if noise == "test" else 8.0,
-            delta=1e-5,
+            epsilon=8.0 if noise == "system" else None,
+            delta=None if noise == "none" else 1e-5,
+            claim="none" if noise == "none" else "",
             signer=self.key("receipts"),
         )
         verdict = {

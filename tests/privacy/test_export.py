@@ -831,3 +831,41 @@ def test_round_ids_that_are_no_folder_names_are_refused(small):
         with pytest.raises(ExportBroken, match="names a folder"):
             small.files(rounds={name: small.papers["s-r1"]})
     assert MODEL in small.files()[VERSIONS].decode()
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A world in which one block, the first that was sealed, was sealed without privacy."""
+    world = World(tmp_path / "w")
+    world.ledger.register_block("s", "bare", Policy("record", 8.0, 1e-5, enabled=False).frozen(500))
+    yield world
+    world.close()
+
+
+def broken(world, match):
+    with pytest.raises(ExportBroken, match=match):
+        verify(world.files(), world.given())
+
+
+def test_a_round_without_privacy_that_read_a_block_with_a_promise_is_found(bare):
+    bare.round(1, ["b1"], noise="none")
+    broken(bare, r"rounds/s-r1/plan\.json: a round without privacy read block b1, to whose people something")
+
+
+def test_a_private_round_from_weights_without_privacy_is_found(bare):
+    bare.round(1, ["bare"], noise="none")
+    verify(bare.files(), bare.given())
+    bare.round(2, ["b1"], parent=adapter(1))
+    broken(bare, r"rounds/s-r2/plan\.json: was trained from an adapter without privacy")
+
+
+def test_an_approval_without_privacy_in_a_stream_that_promised_some_is_found(bare):
+    bare.round(1, ["bare"], noise="none")
+    bare.decide(1, guarantee="none")
+    broken(bare, r"approvals\.jsonl line 1: .* though block b1 of the stream was sealed with a promise before")
+
+
+def test_an_approval_that_says_other_than_its_round_was_is_found(bare):
+    bare.round(1, ["b1"])
+    bare.decide(1, guarantee="none")
+    broken(bare, r"approvals\.jsonl line 1: guarantee")

@@ -97,7 +97,7 @@ def guarded(tmp_path_factory):
     """A workspace whose MLflow runs with the guard."""
     root = tmp_path_factory.mktemp("ws")
     (root / "keys").mkdir()
-    with MlflowServer(root, port=0) as server:
+    with MlflowServer(root, port=0, open_models=["open, to all"]) as server:
         store = MlflowStore(server.url)
         world = World(root, store)
         world.server = server

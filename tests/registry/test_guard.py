@@ -91,6 +91,12 @@ def test_noise(world, sha):
 
 test_noise.__test__ = False
 
+
+def without_privacy(world, sha):
+    guarantee = {"unit": "record", "adjacency": "null", "epsilon": None, "delta": None, "claim": "none"}
+    return json.dumps(world.key("receipts").sign({"adapter_sha256": sha, "guarantee": guarantee}))
+
+
 REFUSED = {
     "failed": (lambda w, s: w.documents(s, outcome="failed"), "its signed verdict says failed"),
     "undecided": (lambda w, s: w.documents(s, outcome="undecided"), "its signed verdict says undecided"),
@@ -120,6 +126,10 @@ REFUSED = {
         lambda w, s: w.documents(s, **{"tidegate.receipt": test_noise(w, s)}),
         "has no privacy guarantee .*test noise",
     ),
+    "without-privacy": (
+        lambda w, s: w.documents(s, **{"tidegate.receipt": without_privacy(w, s)}),
+        "was trained without privacy .*its stream is private.* a stream of its own",
+    ),
     "stale": (lambda w, s: w.documents(s, parent=OTHER), "is stale: .* no version is live now"),
     "superseded": (lambda w, s: w.documents(s, **{"tidegate.state": "superseded"}), "is superseded"),
 }
@@ -141,6 +151,15 @@ def test_a_version_that_cannot_prove_itself_is_refused_with_a_sentence(guarded, 
     assert answer.status_code == 403
     shown = answer.json()
     assert (shown["error_code"], shown["message"]) == ("PERMISSION_DENIED", str(refusal.value))
+
+
+def test_without_privacy_only_a_model_named_as_open_is_approved_and_the_approval_says_so(guarded):
+    def tags(sha):
+        return guarded.documents(sha, **{"tidegate.receipt": without_privacy(guarded, sha)})
+
+    version, _ = guarded.candidate("open, to all", tags=tags)
+    signed = guarded.store.promote("open, to all", version, why="public records", who="ada")
+    assert (signed["kind"], signed["guarantee"]) == ("promote", "none")
 
 
 def test_an_artifact_changed_after_registration_is_refused(guarded):

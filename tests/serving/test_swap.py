@@ -92,6 +92,20 @@ def test_an_approved_version_answers_and_is_acknowledged(swap, registry, core):
     assert swap.state()["version"] == "desk@1"
 
 
+def test_a_version_without_privacy_answers_only_for_a_stream_that_never_promised_any(make, registry):
+    private, open_stream = make(), make(open_stream=True)
+    private.tick()
+    registry.promote(1, guarantee="none")
+    private.tick()
+    assert (private.current.name, names(private)) == ("desk@base", ["approval"])
+    assert "version 1 was trained without privacy" in str(private.alarms[0])
+    open_stream.tick()
+    assert (open_stream.current.name, open_stream.state()["guarantee"], names(open_stream)) == ("desk@1", "none", [])
+    again = make()
+    again.restore()
+    assert (again.current, names(again)) == (None, ["cache"]), "privacy was turned on, and it does not come back"
+
+
 def test_an_approval_as_json_text_counts_too(swap, registry):
     registry.promote(1)
     registry.tamper(approval=json.dumps(registry.production.approval))

@@ -100,6 +100,7 @@ STREAM = ("streams", "support-desk")
             [{"metric": "accuracy", "bound": 0.1, "data": "private"}],
             r"privacy\.holdout_evaluations must be > 0",
         ),
+        ((*STREAM, "privacy"), {"enabled": False, "holdout_evaluations": 3}, r"holdout_evaluations must be 0"),
         ((*STREAM, "evaluation", "accuracy_min"), 0.5, r"evaluation\.accuracy_min=0\.5: unknown setting"),
     ],
 )
