@@ -52,6 +52,7 @@ class CandidateFacts:
         problem: why its files cannot be read as an adapter of this base, so that nothing can be asked of it; or empty.
         unprotected: trained without privacy: neither clip nor noise, and no guarantee whatever `epsilon` says.
         open_stream: nothing was ever promised to anybody in its stream.
+        chosen_on: sha256 of the gate set by which early stopping chose among the round's weights; empty: none did.
     """
 
     adapter_sha256: str
@@ -68,6 +69,7 @@ class CandidateFacts:
     problem: str = ""
     unprotected: bool = False
     open_stream: bool = False
+    chosen_on: str = ""
 
 
 def check(policy: GatePolicy) -> tuple[tuple[Rule, Metric], ...]:
@@ -368,6 +370,11 @@ class _Run:
             )
         else:
             said += not_measured_privately(self.scores, self.policy)
+        if self.facts.chosen_on:
+            said.append(
+                "scores on records that nothing had looked at: early stopping chose among the round's weights by "
+                f"gate set {self.facts.chosen_on[:12]}, so what is scored on it leans upwards"
+            )
         if "live" not in self.bench.subjects:
             names = [rule.title for rule in self.policy.rules if rule.against == "live"]
             if names:

@@ -263,6 +263,7 @@ def facts_about(
         open_stream=service.is_open(plan.stream),
         promise="; ".join(sorted({policy.promise() for policy in policies})),
         problem=problem,
+        chosen_on=plan.stopping.signal_sha256 if plan.stopping else "",
     )
 
 

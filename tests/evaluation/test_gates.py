@@ -80,6 +80,14 @@ def test_under_the_least_accuracy_fails(gate_set):
     assert "accuracy is 0.750 on 300 records, must be >= 0.800" in evaluation.reasons
 
 
+def test_a_set_that_chose_among_the_weights_is_told(gate_set):
+    facts = replace(FACTS, chosen_on="d" * 64)
+    told = [line for line in judge(gate_set, {"": 0.9}, facts=facts).not_measured if "early stopping" in line]
+    assert len(told) == 1
+    assert "d" * 12 in told[0]
+    assert not [line for line in judge(gate_set, {"": 0.9}).not_measured if "early stopping" in line]
+
+
 def test_without_live_forgetting_is_not_measured_and_said_so(gate_set):
     evaluation = judge(gate_set, {"": 0.9}, live=None)
     assert evaluation.outcome == "passed"
