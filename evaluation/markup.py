@@ -1,4 +1,4 @@
-"""Pieces of a web page that needs nothing else: no script, no network, no other file; light and dark, phone and paper.
+"""Pieces of a web page that needs nothing else: no script, no network, no other file; light and dark, on a phone.
 
 Every text is escaped where it is put in: `markupsafe.Markup.format` escapes what is not markup already, and the linter
 (ruff S704) refuses markup that is made from anything but a literal. What may run is told to the browser besides: the
@@ -140,5 +140,4 @@ svg .candidate:not(.bar),svg .used,svg .better{fill:var(--candidate)}svg .live:n
 svg .base:not(.bar){fill:var(--base)}svg .worse{fill:var(--bad)}
 @media (max-width:30rem){body{font-size:15px}main{padding:.7rem}th,td{padding:.3rem .25rem}table{font-size:.82rem}
 .pairs th{width:7.5rem}}
-@media print{details>*{display:block}.scroll{overflow:visible}}
 """)

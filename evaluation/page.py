@@ -37,6 +37,7 @@ _HEAD = {
 _RESULT = {"passed": ("passed", "good"), "failed": ("FAILED", "bad"), "undecided": ("undecided", "unsure")}
 _SHOWN = {"passed": "yes", "failed": "no", "undecided": "unknown"}
 _ROLES = ("candidate", "live", "base")
+_NAMED = {"live": "live", "base": "the base"}
 _LATENCIES = ("latency_p50", "latency_p95")
 _NONE = "-"
 
@@ -105,9 +106,9 @@ def _verdict(evaluation: Evaluation, origin: Origin) -> Markup:
 
 def _compared(evaluation: Evaluation) -> Markup:
     """Accuracy by domain with its change against live; against the base while nothing is live."""
-    slices, other, named = evaluation.slices, "live", "live"
-    if not any(part.live for part in slices):
-        other, named = "base", "the base"
+    slices = evaluation.slices
+    other = "live" if any(part.live for part in slices) else "base"
+    named = _NAMED[other]
     if not any(part.candidate for part in slices):
         return section(f"Against {named}", paragraph("The candidate's answers were not scored."))
     present = [role for role in _ROLES if any(getattr(part, role) for part in slices)]
@@ -230,26 +231,28 @@ def _metrics(figures: Sequence[Figure]) -> Markup:
             found.setdefault((called, one.unit, one.version), {})[one.role] = one
     if not found:
         return section("Every metric", paragraph("None could be measured."))
+    other = "live" if any("live" in roles for roles in found.values()) else "base"
+    present = ("live", "candidate", "base") if other == "live" else ("base", "candidate")
     rows = []
     for (called, unit, _), roles in found.items():
-        ours, live, base = (_score(roles[role].score if role in roles else None, unit) for role in _ROLES)
-        rows.append((called, live, ours, _difference(roles.get("candidate"), roles.get("live")), base))
+        scores = (_score(roles[role].score if role in roles else None, unit) for role in present)
+        rows.append((called, *scores, _difference(roles.get("candidate"), roles.get(other))))
     return section(
         "Every metric",
         table(
-            "Over all records, ± one standard error; shares in percent. The difference is plain: whether it is more "
-            "than chance, the gates say.",
-            ("metric", "live", "candidate", "change", "base"),
+            f"Over all records, ± one standard error; shares in percent. The change against {_NAMED[other]} is a plain "
+            "difference: whether it is more than chance, the gates say.",
+            ("metric", *present, "change"),
             rows,
-            numbers=(1, 2, 3, 4),
+            numbers=range(1, len(present) + 2),
         ),
     )
 
 
-def _difference(ours: Figure | None, live: Figure | None) -> str:
-    if ours is None or live is None:
+def _difference(ours: Figure | None, theirs: Figure | None) -> str:
+    if ours is None or theirs is None:
         return _NONE
-    change = ours.score.value - live.score.value
+    change = ours.score.value - theirs.score.value
     return f"{100 * change:+.1f}" if ours.unit == "share" else f"{change:+.3g}"
 
 

@@ -63,6 +63,7 @@ def judge(
             facts_of(service, trained, base),
             private=private,
             tell=tell,
+            side_by_side=True,
         )
     return evaluation, evaluation.verdict(service.signer("verdicts"))
 
@@ -79,8 +80,23 @@ def judge_with(
     private: Callable[[], PrivateScores],
     tell: Callable[[str, int, int], None],
     everything: bool = False,
+    side_by_side: bool = False,
 ) -> Evaluation:
-    """Run a stream's policy on an adapter; nothing is signed, and nothing but `private` charges anybody."""
+    """Run a stream's policy on an adapter; nothing is signed, and nothing but `private` charges anybody.
+
+    Args:
+        service: the workspace.
+        stream: whose policy.
+        engine: holds the base; the adapters are loaded into it.
+        gate_set: public.
+        candidate: folder of the adapter.
+        live: folder of what it is compared with; None: nothing is live.
+        facts: what is known of the candidate besides its scores.
+        private: scores on the holdout.
+        tell: told how far it is.
+        everything: also what costs more than a hard gate that failed.
+        side_by_side: also let the models answer some public records, as examples.
+    """
     from evaluation.cache import Cache
     from evaluation.gates import evaluate
     from evaluation.together import for_policy
@@ -115,6 +131,8 @@ def judge_with(
         timer=lambda adapter, prompts, max_tokens: timed(engine, adapter, prompts, max_tokens),
         progress=lambda done, total, _what: tell("evaluate", done, total),
     )
+    if not side_by_side:
+        return evaluation
     return replace(evaluation, examples=examples_of(evaluation, gate_set, scorer, names))
 
 

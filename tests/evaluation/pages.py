@@ -57,7 +57,8 @@ def judged(gate_set, outcome="passed", facts=FACTS, live="live", scorer=Planted,
     )
     names = {"candidate": "candidate", **({"live": "live"} if live else {}), "base": None}
     shown = examples(gate_set, made, names) if any(part.candidate for part in found.slices) else ()
-    return replace(found, examples=shown, private=private)
+    said = [line for line in found.not_measured if not private or not line.startswith("anything on private records")]
+    return replace(found, examples=shown, private=private, not_measured=tuple(said))
 
 
 def origin(evaluation, rounds=4):
