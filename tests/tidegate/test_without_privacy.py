@@ -13,6 +13,7 @@ from learner.plan import RoundPlan, plan_round
 from privacy.audit import audit
 from privacy.case import GivenKey
 from privacy.errors import ExportBroken, LedgerError
+from privacy.ledger import Ledger
 from privacy.policy import NO_PRIVACY
 from privacy.rotation import PURPOSES, known_keys
 from privacy.verify import make, verify
@@ -117,12 +118,20 @@ def desk(root, base, **privacy):
 
 @pytest.fixture(scope="module")
 def ended(tiny, tmp_path_factory):
-    """One round without privacy, from sealed block to candidate."""
+    """One round without privacy, from sealed block to candidate, interrupted once after its last step."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
     with pytest.MonkeyPatch.context() as patch:
         root = tmp_path_factory.mktemp("open")
         patch.setenv("TIDEGATE_BASES", str(root / "bases"))
         service = desk(root / "ws", tiny, **OFF)
         service.sealed(1)
+        with pytest.MonkeyPatch.context() as crash:
+            crash.setattr(Ledger, "commit", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                cycle.run(service, STREAM)
         yield service, cycle.run(service, STREAM)
 
 
@@ -151,9 +160,9 @@ def test_it_ends_as_a_candidate_and_every_paper_says_that_there_is_no_privacy(en
     )
     assert "trained WITHOUT PRIVACY" in end.reasons[0]
     rows = service.ledger.rows(STREAM)
-    assert [(row.state, row.noise_source, row.charges) for row in rows] == [
-        (state, "none", ()) for state in ("reserved", "started", "committed")
-    ]
+    assert [(row.attempt, row.state, row.noise_source, row.charges) for row in rows] == [
+        (1, state, "none", ()) for state in ("reserved", "started", "committed")
+    ], "it went on where it was interrupted"
     (version,) = service.versions(STREAM)
     receipt = ancestry.signed_tag(version, "receipt", service.trusted("receipts"))
     assert receipt["guarantee"] | {"horizon": ""} == {

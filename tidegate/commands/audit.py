@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,10 +101,16 @@ def _tell(report: Report, more: dict[str, Any], *, want_json: bool) -> None:
         output.say(f"not checked  {line}")
     for name, found in report.streams.items():
         output.say(f"\n{name}: {found.claim}; {found.share_used_max:.1%} of the fullest filter used")
+        _tell_unprotected(found.rounds_without_privacy)
     output.say(f"\nledger head     {report.ledger_head}\napprovals head  {report.approvals_head}")
     if "folder" in more:
         state = "written" if more["written"] else "unchanged"
         output.say(f"{state}: {more['folder']}; note the heads, and send the fingerprints in STATEMENT.md another way")
+
+
+def _tell_unprotected(rounds: Sequence[str]) -> None:
+    if rounds:
+        output.say(f"WITHOUT PRIVACY, on blocks without a promise: rounds {', '.join(rounds)}")
 
 
 def _show(report: dict[str, Any], *, want_json: bool) -> None:
@@ -117,6 +124,7 @@ def _show(report: dict[str, Any], *, want_json: bool) -> None:
             output.say(f"note      {row['round_id']}: made by other code than is installed ({row['code_sha256'][:12]})")
     for name, part in report["streams"].items():
         output.say(f"\n{name}: {part['claim']}")
+        _tell_unprotected(part["rounds_without_privacy"])
         rows = [
             (
                 b["block"],
