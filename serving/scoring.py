@@ -399,13 +399,13 @@ class Pass:
         run = self._run_for[:, :, tree.edges[:, 0]]
         run = np.concatenate((run, np.ones((*run.shape[:2], 1), dtype=bool)), axis=2)  # the edge -1 is no open end
         seen = run[:, :, tree.paths]  # (A, B, L, D)
-        whole = seen.all(axis=3)
+        whole: NDArray[np.bool_] = np.logical_and.reduce(seen, axis=3)
         best = np.where(whole, bounds, -np.inf).max(axis=2, keepdims=True)
         best = np.where(np.isneginf(best), bounds.max(axis=2, keepdims=True), best)
         open_ends = ((bounds >= best - within) & ~whole)[..., None] & ~seen
         ahead = np.cumsum(~seen, axis=3) == 1
         if to_the_end:
-            ahead |= ~whole.any(axis=2)[:, :, None, None]
+            ahead |= ~np.logical_or.reduce(whole, axis=2)[:, :, None, None]
         open_ends &= ahead
         model, row, label, depth = np.nonzero(open_ends)
         found[model, row, tree.edges[tree.paths[label, depth], 0]] = True
