@@ -41,7 +41,8 @@ def over_the_rounds(evaluation: Evaluation, past: Sequence[Past], kept: Memory |
         kept: what the line has kept; None when it could not be scored.
     """
     now = {part.domain: part.candidate.accuracy.value for part in evaluation.slices if part.domain and part.candidate}
-    line = (*past[-_PAST_SHOWN:], Past("this one", now, evaluation.facts.share_used))
+    used = evaluation.facts.share_used if evaluation.facts.private else None  # of nothing, with noise that hides nobody
+    line = (*past[-_PAST_SHOWN:], Past("this one", now, used))
     if not past:
         first = paragraph("It is the first of its line on this gate set: there is nothing to forget yet.")
         return section("Over the rounds", first, _filter(line))

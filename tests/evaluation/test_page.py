@@ -197,6 +197,7 @@ def test_test_noise_promises_nothing(gate_set):
     found = judged(gate_set, facts=replace(FACTS, private=False))
     text = version_page(found, origin(found))
     assert "guarantees no privacy at all" in text
+    assert "version 6: 26.0 percent</desc>" in text, "no share of a filter that guarantees nothing"
     assert "epsilon 8" not in text
 
 
