@@ -21,7 +21,6 @@ def train(
 
     renderer = Renderer(load_tokenizer(base))
     model = load_model(base)
-    depth = len(model.model.layers)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         lora = LoraConfig(r=8, lora_alpha=16, target_modules=list(TARGETS), task_type="CAUSAL_LM")
@@ -40,12 +39,13 @@ def train(
         if whole < enough:
             break
         optimiser.step()
-    weights = {}
-    for layer in range(depth):
+    return write_adapter(folder, LoraSettings(r=8, alpha=16.0), {n: w.detach() for n, w in matrices(tuned)}, base)
+
+
+def matrices(tuned):
+    """Every trained matrix of a peft model over a tiny base, by its name on disk."""
+    for layer, module in enumerate(tuned.base_model.model.model.layers):
         for target in TARGETS:
-            parent = "self_attn" if target in {"q_proj", "v_proj"} else "mlp"
-            module = getattr(getattr(tuned.base_model.model.model.layers[layer], parent), target)
+            adapted = getattr(module.self_attn if target in {"q_proj", "v_proj"} else module.mlp, target)
             for letter in "AB":
-                weight = getattr(module, f"lora_{letter}")["default"].weight
-                weights[weight_name(layer, target, letter)] = weight.detach().clone()
-    return write_adapter(folder, LoraSettings(r=8, alpha=16.0), weights, base)
+                yield weight_name(layer, target, letter), getattr(adapted, f"lora_{letter}")["default"].weight
