@@ -17,6 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
+import structlog
 from sqlalchemy import (
     Column,
     Connection,
@@ -38,6 +39,8 @@ from privacy.errors import PrivacyError
 from registry.errors import ApprovalsError, ApprovalsTampered
 from registry.states import PRODUCTION
 
+log = structlog.get_logger()
+
 GENESIS = "0" * 64
 KINDS = ("promote", "reject", "rollback", "emergency")
 # Writers wait for each other; an approval takes milliseconds, so this long means a stuck process.
@@ -55,6 +58,22 @@ _table = Table(
     Column("hash", String(64), nullable=False, unique=True),
     Column("signed", Text, nullable=False),
 )
+
+# Promotions that were refused: no decision, so neither signed nor chained; kept for whoever is told of them.
+_refusals = Table(
+    "refusals",
+    _metadata,
+    Column("id", Integer, primary_key=True),
+    Column("model", String(256), nullable=False, index=True),
+    Column("version", Integer, nullable=False),
+    Column("when", String(32), nullable=False),
+    Column("who", Text, nullable=False),
+    Column("why", Text, nullable=False),
+    Column("sentence", Text, nullable=False),
+    sqlite_autoincrement=True,
+)
+# Whoever asks again and again fills no disk.
+REFUSALS_MAX = 1000
 
 
 class Signer(Protocol):
@@ -214,6 +233,22 @@ class Approvals:
             if (row["version"], row["adapter_sha256"], row["to"]) == (version, adapter_sha256, PRODUCTION):
                 return str(row.get("guarantee", ""))
         return ""
+
+    def note_refusal(self, *, model: str, version: int, who: str, why: str, sentence: str) -> None:
+        """Keep that a promotion was refused. Never raises: the refusal stands whether it is kept or not."""
+        told = {"model": model, "version": version, "when": now(), "who": who, "why": why, "sentence": sentence}
+        try:
+            with self._exclusive() as connection:
+                made = connection.execute(_refusals.insert().values(**told)).inserted_primary_key
+                if made is not None:
+                    connection.execute(_refusals.delete().where(_refusals.c.id <= made[0] - REFUSALS_MAX))
+        except SQLAlchemyError as error:
+            log.warning("refusal not kept", model=model, version=version, why=_cause(error))
+
+    def refusals(self, model: str) -> list[dict[str, Any]]:
+        """The newest refused promotions of a model, oldest first: id, model, version, when, who, why, sentence."""
+        rows = self._read(sql_select(_refusals).where(_refusals.c.model == model).order_by(_refusals.c.id))
+        return [dict(row._mapping) for row in rows]  # noqa: SLF001 - SQLAlchemy's public name for it
 
     def head(self) -> str:
         """Hash of the newest row, or 64 zeros."""

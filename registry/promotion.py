@@ -110,6 +110,13 @@ class Promotions:
             PromotionRefused: the sentence names what does not hold and the way out. Nothing has changed.
             RegistryError: MLflow or the history failed; either nothing has changed or `settle` will say so.
         """
+        try:
+            return self._promote(model, version, who=who, why=why)
+        except PromotionRefused as refusal:
+            self.approvals.note_refusal(model=model, version=version, who=who, why=why, sentence=str(refusal))
+            raise
+
+    def _promote(self, model: str, version: int, *, who: str, why: str) -> Approval:
         with self.approvals.deciding():
             self._settle(model)
             versions = self.registry.versions(model)

@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "audit": ("tidegate.commands.audit", "Recompute what was spent on whose data; export or verify the proof."),
     "keys": ("tidegate.commands.keys", "List, export and change the keys that sign."),
     "ask": ("tidegate.commands.insight", "Ask the live version a question."),
+    "hooks": ("tidegate.commands.hooks", "Signed webhooks: what was sent, what receivers said; send a test."),
     "gc": ("tidegate.commands.upkeep", "Remove what no version needs from the data repository's cache."),
     "demo": ("tidegate.commands.demo", "The whole path on the example stream, then a summary."),
 }

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from evaluation.policy import DEFAULT, Rule
 from learner.layout import BLOCK_PART, DORA_REFUSED, ONE_RANK, check_settings
 from tidegate.errors import ConfigError
+from tidegate.webhook import check_url
 
 ENV_PREFIX = "TIDEGATE__"
 STREAM_NAME = re.compile(r"[a-z][a-z0-9-]{0,40}\Z")
@@ -275,6 +276,23 @@ class ServingSettings(_Section):
     max_tokens: Annotated[int, Field(ge=1)] = 256
 
 
+HookEvent = Literal["candidate", "promoted", "rejected", "refused", "rolled_back", "budget_low", "alarm"]
+
+
+class HookSettings(_Section):
+    """Who is told of a stream's events by signed webhooks; the secret is TIDEGATE_HOOK_SECRET or a key file."""
+
+    urls: tuple[str, ...] = ()
+    events: tuple[HookEvent, ...] = get_args(HookEvent)
+    insecure: bool = False
+
+    @model_validator(mode="after")
+    def _safe_addresses(self) -> HookSettings:
+        for url in self.urls:
+            check_url(url, insecure=self.insecure)
+        return self
+
+
 class StreamSettings(_Section):
     """One adapter's world."""
 
@@ -286,6 +304,7 @@ class StreamSettings(_Section):
     evaluation: EvaluationSettings
     registry: RegistrySettings = RegistrySettings()
     serving: ServingSettings = ServingSettings()
+    hooks: HookSettings = HookSettings()
 
     @model_validator(mode="after")
     def _priors_name_all_of_a_kind(self) -> StreamSettings:

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 
 def look(service: Service) -> dict[str, Any]:
-    """Facts of the service and of every stream; `alarms` is empty when all is well."""
+    """Facts of the service and of every stream; `alarms` is empty when all is well, `budget_low` names some of them."""
     from tidegate.up import listens
 
     alarms: list[str] = []
+    low: list[str] = []
     serving = serving_state(service)
     reached = {
         "broker": listens(service.bootstrap.split(",")[0]),
@@ -36,11 +37,11 @@ def look(service: Service) -> dict[str, Any]:
     for name, state in ((serving or {}).get("streams") or {}).items():
         alarms.extend(f"{name}: {alarm}" for alarm in state.get("alarms", ()))
     streams = [
-        _stream(service, name, (serving or {}).get("streams", {}).get(name), alarms)
+        _stream(service, name, (serving or {}).get("streams", {}).get(name), alarms, low)
         for name in service.settings.streams
     ]
     shown = {part: f"{'up' if up else 'DOWN'}  {addresses[part]}" for part, up in reached.items()}
-    return {"service": shown, "streams": streams, "alarms": alarms}
+    return {"service": shown, "streams": streams, "alarms": alarms, "budget_low": low}
 
 
 def serving_state(service: Service) -> dict[str, Any] | None:
@@ -52,7 +53,9 @@ def serving_state(service: Service) -> dict[str, Any] | None:
         return None
 
 
-def _stream(service: Service, name: str, serving: dict[str, Any] | None, alarms: list[str]) -> dict[str, Any]:
+def _stream(
+    service: Service, name: str, serving: dict[str, Any] | None, alarms: list[str], low: list[str]
+) -> dict[str, Any]:
     manifests = service.repository().manifests(name)
     shares = [service.ledger.share_used(m.block_id) for m in manifests if service.ledger.knows(m.block_id)]
     policy = service.policy(name)
@@ -82,6 +85,7 @@ def _stream(service: Service, name: str, serving: dict[str, Any] | None, alarms:
             row["rounds_left"] = "unknown" if left.rounds_left is None else left.rounds_left
             row["blocks_retired"] = len(left.blocks_retired)
             alarms.extend(left.alarms)
+            low.extend(left.alarms)
     except expected_errors() as error:
         row["wanted"] = row["waiting"] = "unknown"
         alarms.append(f"{name}: {error}")

@@ -154,6 +154,7 @@ def learn(given: str | None) -> None:
     """Run rounds of all streams every learner.schedule_seconds; a round runs when new blocks are there.
 
     With service.learn_metrics_port set, Prometheus can scrape what is left of every stream's budget.
+    Webhooks (streams.NAME.hooks) are sent from here.
     """
     from tidegate.scheduler import run_schedule
 
@@ -164,6 +165,10 @@ def learn(given: str | None) -> None:
 
         _expose(port, "service.learn_metrics_port", "budgets")
         threading.Thread(target=watch, args=(service, BudgetGauges(), stop), daemon=True).start()
+    from tidegate import hooks
+
+    telling = threading.Thread(target=hooks.watch, args=(service, stop), name="webhooks", daemon=True)
+    telling.start()
     run_schedule(service, stop)
 
 
