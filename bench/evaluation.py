@@ -62,7 +62,10 @@ RECORDS = 500
 TAUGHT = 240
 RATE = 1 / 3
 BATCH = 32
-REPEATS = 3
+# As many as fit into the time of the whole run, two at least.
+TURNS_MAX = 3
+SECONDS = 480
+BEGUN_S = time.monotonic()
 THREADS = 2
 TIE = 1e-4
 NAMES = ("candidate", "live")
@@ -217,17 +220,21 @@ class Suite:
         )
 
 
-def measured(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, list[float]]]:
+def measured(ways: dict[str, Callable[[], object]], turns_max: int = 1) -> dict[str, dict[str, list[float]]]:
     """CPU and wall seconds of each way, in turns; every other turn the other way round."""
+    began = time.monotonic()
     spent: dict[str, dict[str, list[float]]] = {name: {"cpu_s": [], "wall_s": []} for name in ways}
-    for repeat in range(repeats):
-        for name in list(ways)[:: -1 if repeat % 2 else 1]:
+    for turn in range(turns_max):
+        now = time.monotonic()
+        if turn > 1 and now - BEGUN_S + (now - began) / turn > SECONDS:
+            break
+        for name in list(ways)[:: -1 if turn % 2 else 1]:
             cpu, wall = time.process_time(), time.monotonic()
             ways[name]()
             spent[name]["cpu_s"].append(time.process_time() - cpu)
             spent[name]["wall_s"].append(time.monotonic() - wall)
             last = {kind: times[-1] for kind, times in spent[name].items()}
-            print(f"{repeat + 1}/{repeats} {name}: {last['cpu_s']:.1f} CPU s, {last['wall_s']:.1f} s", flush=True)
+            print(f"{turn + 1}/{turns_max} {name}: {last['cpu_s']:.1f} CPU s, {last['wall_s']:.1f} s", flush=True)
     return spent
 
 
@@ -274,9 +281,9 @@ def run(folder: Path, bases: Path) -> dict[str, Any]:
         suite = Suite(engine, adapters, gate_set, folder / "kept")
         for name in NAMES:  # warm up
             plain.generate(name, prompts[:BATCH], tokens)
-        spent = measured({"suite_with_the_base": suite.run}, 1)
-        spent |= measured({"two_generates": two_generates, "suite": suite.anew}, REPEATS)
-        spent |= measured({"suite_from_the_cache": suite.run}, 1)
+        spent = measured({"suite_with_the_base": suite.run})
+        spent |= measured({"two_generates": two_generates, "suite": suite.anew}, TURNS_MAX)
+        spent |= measured({"suite_from_the_cache": suite.run})
         same = compared(plain, said, suite, tokens)
     return figures(spent) | {
         **same,
