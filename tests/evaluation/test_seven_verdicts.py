@@ -101,6 +101,7 @@ def judged(tiny, tmp_path_factory):
         for name, one in found.items():
             sys.stdout.write(f"\n{name:18}{one.outcome:11}{decided_by(one):21}{one.reasons[0]}")
         sys.stdout.write("\n")
+        found["lucky on all"] = judge(lucky, whole)
         return found | {"lucky, 100 needed": judge(lucky, few), "live once more": judge(live, whole)}
 
 
@@ -146,6 +147,11 @@ def test_fifty_records_are_too_few_for_the_shipped_policy(judged):
     assert any(
         "against live on 50 records" in why and why.endswith("100 are needed to decide") for why in found.reasons
     )
+
+
+def test_the_lucky_one_is_not_better_on_all_records(judged):
+    gate = next(gate for gate in judged["lucky on all"].gates if gate.name == "better_than_live")
+    assert gate.outcome == "failed"
 
 
 def test_the_toxic_one_and_the_one_that_knows_are_better_in_all_else(judged):
