@@ -433,7 +433,8 @@ def _versions(case: Case) -> None:
     made = {papers.receipt["adapter_sha256"] for papers in case.evidence.rounds.values()}
     seen: set[tuple[str, int]] = set()
     model_of: dict[str, str] = {}
-    unread, registered = [], set()
+    unread: list[tuple[str, bool]] = []
+    registered = set()
     for at, entry in enumerate(case.evidence.versions, start=1):
         where, name = f"{VERSIONS} line {at}", (entry["model"], entry["version"])
         tags = {key.removeprefix("tidegate."): value for key, value in entry["tags"].items()}
@@ -459,18 +460,24 @@ def _versions(case: Case) -> None:
         )
         registered.add(papers.plan["round_id"])
         if entry["stored_sha256"] is None:
-            unread.append(f"{name[0]} version {name[1]}")
+            unread.append((f"{name[0]} version {name[1]}", "pruned" in tags))
         else:
             require_same(
                 where, "stored_sha256", entry["stored_sha256"], papers.receipt["adapter_sha256"], "its receipt"
             )
     case.verified.append(f"versions: {len(seen)} in the registry; tags, stored adapters and signed papers agree")
-    if unread:
-        case.not_checked.append(f"stored adapters of {', '.join(unread)}: the registry could not hand them out")
+    _tell_unread(case, unread)
     if lost := sorted(case.evidence.rounds.keys() - registered):
         case.not_checked.append(
             f"versions of rounds {', '.join(lost)}: not in the registry (not yet, or deleted there)"
         )
+
+
+def _tell_unread(case: Case, unread: Sequence[tuple[str, bool]]) -> None:
+    """Say which stored adapters were not read, apart by whether their versions say that they were pruned."""
+    for pruned, why in ((False, "the registry could not hand them out"), (True, "pruned, only their papers are left")):
+        if named := [name for name, gone in unread if gone is pruned]:
+            case.not_checked.append(f"stored adapters of {', '.join(named)}: {why}")
 
 
 def _tags(where: str, tags: Mapping[str, str], papers: Papers) -> None:

@@ -20,7 +20,7 @@ from urllib.parse import quote, urlsplit
 
 import requests
 
-from learner.adapter import CONFIG_FILE, adapter_files
+from learner.adapter import BOTTLENECK_FILE, CONFIG_FILE, WEIGHTS_FILE, adapter_files
 from registry.approvals import Approval, Approvals
 from registry.errors import PromotionRefused, RegistryError, RegistryUnavailable, UnknownVersion
 from registry.promotion import ADAPTER_FOLDER, Promotions, Trust, pick
@@ -249,6 +249,25 @@ class MlflowStore:
                 shutil.copyfile(Path(folder) / name, dest / name)
         return dest
 
+    def remove_weights(self, model: str, version: int) -> None:
+        """Remove the weights of a version from the artifact store; its config and evidence stay. May be repeated.
+
+        Raises:
+            RegistryError: the store does not let go of them. RegistryUnavailable: no answer.
+        """
+        query = {"name": model, "version": str(version)}
+        root = str(self._call("GET", f"{_API}/model-versions/get-download-uri", params=query)["artifact_uri"])
+        for name in (WEIGHTS_FILE, BOTTLENECK_FILE):
+            path = f"{ADAPTER_FOLDER}/{name}"
+            if root.startswith("mlflow-artifacts:"):
+                # Through the server, which alone may know the credentials of the store behind it.
+                base = quote(urlsplit(root).path.strip("/"))
+                response = self._send("DELETE", f"/api/2.0/mlflow-artifacts/artifacts/{base}/{path}")
+                if response.status_code not in {requests.codes.ok, requests.codes.not_found}:
+                    raise _error(response, self._uri)
+            else:
+                _remove_direct(self._uri, root, path)
+
     def _desk(self, approvals: Approvals | None, trust: Trust | None) -> Promotions:
         if approvals is None or trust is None:
             raise RegistryError(
@@ -351,6 +370,17 @@ def _register(uri: str, candidate: Candidate) -> int:
             await_creation_for=0,
         )
         return int(made.version)
+
+
+def _remove_direct(uri: str, root: str, path: str) -> None:
+    """Remove a file from an artifact store that clients reach without the server."""
+    with _fast_failures():
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        try:
+            get_artifact_repository(root).delete_artifacts(path)
+        except Exception as error:  # every store has errors of its own
+            raise RegistryError(f"mlflow={uri}: {root}/{path} was not removed ({error}); check its rights") from error
 
 
 def _ensure_model(client: Any, model: str) -> None:

@@ -45,6 +45,8 @@ log = structlog.get_logger()
 # The folder inside a version's artifacts that holds the adapter's two files.
 ADAPTER_FOLDER = "adapter"
 SYSTEM = "tidegate"
+# The tag of a version whose weights were removed: JSON with at, who, why. It only explains: what decides is the store.
+PRUNED = "pruned"
 
 
 class Registry(Protocol):
@@ -258,6 +260,11 @@ class Promotions:
             try:
                 stored = adapter_sha256(self.registry.fetch_adapter(model, chosen.version, Path(folder)))
             except (AdapterError, RegistryError) as error:
+                if chosen.tag(PRUNED):
+                    raise PromotionRefused(
+                        f"{name}: its weights were pruned ({_pruned(chosen)}), so it cannot answer again: promote "
+                        f"another version; registry.keep_previous says how many of those once live are kept"
+                    ) from error
                 raise PromotionRefused(
                     f"{name}: its adapter cannot be read from the artifact store ({error}); "
                     f"restore it, or promote another version"
@@ -372,6 +379,14 @@ def _receipted(name: str, chosen: ModelVersion, sha: str, keys: Verifier, *, ope
             f"test noise; promote a version of a real round"
         )
     return ""
+
+
+def _pruned(version: ModelVersion) -> str:
+    try:
+        told = json.loads(version.tag(PRUNED))
+        return f"{told['at']} by {told['who']}"
+    except (ValueError, TypeError, KeyError):
+        return "at an unknown time"
 
 
 def _short(sha: Any) -> str:

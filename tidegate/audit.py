@@ -192,11 +192,11 @@ def _version(service: Service, model: str, version: ModelVersion) -> Value:
         "created_at": version.created_at,
         "aliases": sorted(version.aliases),
         "tags": {name: value for name, value in version.tags.items() if name.startswith(TAG)},
-        "stored_sha256": _stored_sha256(service, model, version.version),
+        "stored_sha256": stored_sha256(service, model, version.version),
     }
 
 
-def _stored_sha256(service: Service, model: str, version: int) -> str | None:
+def stored_sha256(service: Service, model: str, version: int) -> str | None:
     """What the artifact store really holds; None where it cannot be read."""
     from learner.adapter import adapter_sha256
     from learner.errors import AdapterError
@@ -237,11 +237,14 @@ def _paper(service: Service, round_id: str, name: str) -> Value | None:
 
 
 def _made_by(service: Service, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Per committed round, whether its plan names the code that is installed now."""
+    """Per committed round, whether its plan names the code that is installed now, and when its weights were pruned."""
+    from tidegate.pruning import note
+
     installed, found = installed_code(), []
     rows = [row for name in names for row in service.ledger.rows(name)]
     for round_id, papers in _rounds(service, rows).items():
         code = str(papers.plan["code_sha256"])
+        gone = note(service.workspace.root, str(papers.receipt["adapter_sha256"]))
         found.append(
             {
                 "stream": papers.plan["stream"],
@@ -249,6 +252,7 @@ def _made_by(service: Service, names: Sequence[str]) -> list[dict[str, Any]]:
                 "attempt": papers.plan["attempt"],
                 "code_sha256": code,
                 "installed_code": code == installed,
+                "pruned": gone["at"] if gone else "",
             }
         )
     return found

@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ask": ("tidegate.commands.insight", "Ask the live version a question."),
     "hooks": ("tidegate.commands.hooks", "Signed webhooks: what was sent, what receivers said; send a test."),
     "gc": ("tidegate.commands.upkeep", "Remove what no version needs from the data repository's cache."),
+    "prune": ("tidegate.commands.upkeep", "Remove adapter weights that nobody needs any more. A dry run by default."),
     "demo": ("tidegate.commands.demo", "The whole path on the example stream, then a summary."),
 }
 

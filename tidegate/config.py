@@ -262,9 +262,10 @@ class EvaluationSettings(_Section):
 
 
 class RegistrySettings(_Section):
-    """The registered model's name in MLflow; empty: the stream's name."""
+    """The registered model's name in MLflow; empty: the stream's name. And what pruning leaves to roll back to."""
 
     model: str = ""
+    keep_previous: Annotated[int, Field(ge=1, le=10_000)] = 10
 
 
 class ServingSettings(_Section):

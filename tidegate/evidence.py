@@ -15,6 +15,7 @@ from registry.states import waiting
 from tidegate import holdout
 from tidegate.errors import TidegateError
 from tidegate.memory import Line, line_of
+from tidegate.pruning import note
 
 if TYPE_CHECKING:
     from evaluation.examples import Example
@@ -212,6 +213,8 @@ def stored_adapter(service: Service, stream: str, sha256: str, versions: Sequenc
         number = next((v.version for v in versions if v.tag("adapter_sha256") == sha256), None)
         if number is None:
             raise TidegateError(f"adapter {sha256[:12]} of {stream} is in no version and not in the workspace")
+        if gone := note(service.workspace.root, sha256):
+            raise TidegateError(f"adapter {sha256[:12]} of version {number} was pruned {gone['at']} by {gone['who']}")
         service.store.fetch_adapter(service.model(stream), number, kept)
     if (found := adapter_sha256(kept)) != sha256:
         raise TidegateError(f"{kept}: holds adapter {found[:12]}, must hold {sha256[:12]}; remove it to fetch it again")

@@ -100,6 +100,7 @@ class Watcher:
         self._streams = [name for name, s in service.settings.streams.items() if s.hooks.urls]
         self._alarms_at = 0.0
         self._told: set[str] = set()
+        self._failed: dict[str, str] = {}
         self._keys = secret_keys(service)
 
     def look(self, now: float, stopped: Callable[[], bool] = lambda: False) -> None:
@@ -112,11 +113,15 @@ class Watcher:
             self._try(partial(self._wrong, now), "")
         self._deliver(now, stopped)
 
-    def _try(self, find: Callable[[], None], stream: str) -> None:
+    def _try(self, find: partial[None], stream: str) -> None:
+        what = f"{find.func.__name__} {stream}"
         try:
             find()
+            self._failed.pop(what, None)
         except expected_errors() as error:
-            log.warning("not looked up for webhooks", stream=stream, why=str(error))
+            if self._failed.get(what) != str(error):  # told once, not every five seconds
+                log.warning("not looked up for webhooks", stream=stream, why=str(error))
+            self._failed[what] = str(error)
 
     def _decided(self, stream: str, now: float) -> None:
         model = self._service.model(stream)
@@ -246,8 +251,7 @@ def secret_keys(service: Service) -> tuple[bytes, ...]:
 
     text = read_secret(webhook.SECRET, service.keys_dir)
     if text is None:
-        file = webhook.make_secret(service.keys_dir)
-        log.info("webhook secret made", file=str(file))
+        webhook.make_secret(service.keys_dir)
         text = read_secret(webhook.SECRET, service.keys_dir)
     if text is None:
         raise ConfigError(f"{service.keys_dir / webhook.SECRET}: was made and is gone")

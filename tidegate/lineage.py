@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry.promotion import pick
 from registry.states import ModelVersion
-from tidegate import ancestry
+from tidegate import ancestry, pruning
 from tidegate.errors import UnknownName
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def _step(service: Service, stream: str, chain: list[ModelVersion]) -> dict[str,
         "version": version.version,
         "stage": version.stage,
         "state": version.tag("state"),
+        "pruned": pruning.pruned_at(version),
         "round_id": version.tag("round_id"),
         "data_revision": revision,
         "plan_hash": version.tag("plan_hash"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tidegate.errors import TidegateError, UnknownName
+from tidegate.pruning import note
 
 if TYPE_CHECKING:
     from learner.plan import RoundPlan
@@ -51,6 +52,10 @@ def rebuild(service: Service, round_file: Path, out: Path) -> Rebuilt:
         made = service.workspace.adapters / receipt["adapter_sha256"]
         how = "verified (plan, data, base, ledger, receipt, verdict); its stored adapter is returned"
     if not made.is_dir():
+        if gone := note(service.workspace.root, receipt["adapter_sha256"]):
+            raise TidegateError(
+                f"adapters/{receipt['adapter_sha256']}: pruned {gone['at']} by {gone['who']}; it is gone"
+            )
         raise TidegateError(
             f"adapters/{receipt['adapter_sha256']}: not in the workspace; fetch it from MLflow's version"
         )

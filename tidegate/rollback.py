@@ -8,6 +8,7 @@ from privacy.policy import WITHOUT_PRIVACY
 from registry.errors import PromotionRefused
 from registry.states import PRODUCTION
 from tidegate.errors import UnknownName
+from tidegate.pruning import note
 
 if TYPE_CHECKING:
     from registry.approvals import Approvals
@@ -49,6 +50,12 @@ def _without_registry(service: Service, stream: str, target: int, *, why: str, w
     approved = [r for r in approvals.history(model) if r["version"] == target and r["to"] == PRODUCTION]
     if not approved:
         raise UnknownName(f"version={target}: was never approved for {model}; see `tidegate history {stream}`")
+    sha = str(approved[-1]["adapter_sha256"])
+    cached = service.workspace.serving / stream / "adapters" / sha
+    if (gone := note(service.workspace.root, sha)) and not cached.is_dir():
+        raise PromotionRefused(
+            f"version {target} of {model}: its weights were pruned ({gone['at']} by {gone['who']}); name another"
+        )
     guarantee = str(approved[-1].get("guarantee", ""))
     if guarantee and not service.is_open(stream):
         raise PromotionRefused(f"version {target} of {model} {WITHOUT_PRIVACY}")

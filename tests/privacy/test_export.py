@@ -568,6 +568,9 @@ def test_a_stored_adapter_that_was_exchanged_is_found(small):
     lost = ({**small.versions[0], "stored_sha256": None}, small.versions[1])
     report = verify(small.files(versions=lost), small.given())
     assert any(line.startswith("stored adapters of desk version 1") for line in report.not_checked)
+    gone = {**lost[0], "tags": {**lost[0]["tags"], "tidegate.pruned": "{}"}}
+    report = verify(small.files(versions=(gone, small.versions[1])), small.given())
+    assert "stored adapters of desk version 1: pruned, only their papers are left" in report.not_checked
 
 
 def test_a_round_without_a_receipt_is_found(small):

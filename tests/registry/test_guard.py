@@ -6,7 +6,7 @@ import requests
 
 from privacy.signing import SigningKey, TrustedKeys
 from registry.approvals import Approvals
-from registry.errors import PromotionRefused, UnknownVersion
+from registry.errors import PromotionRefused, RegistryError, UnknownVersion
 
 
 def transition(world, model, version, stage="Production", *, path="ajax-api/2.0", headers=None, **more):
@@ -227,6 +227,24 @@ def test_a_rollback_to_a_version_whose_receipt_is_gone_is_refused(guarded):
     with pytest.raises(PromotionRefused, match="its receipt does not verify"):
         guarded.store.promote("broken", one, why="", who="oncall")
     assert guarded.stages("broken")[two] == "Production"
+
+
+def test_a_rollback_to_pruned_weights_is_refused_says_so_and_the_refusal_is_kept(guarded, tmp_path):
+    first, sha = guarded.candidate("pruned")
+    guarded.store.promote("pruned", first, why="a", who="ada")
+    second, _ = guarded.candidate("pruned", parent=sha)
+    guarded.store.promote("pruned", second, why="b", who="ada")
+    guarded.store.set_tag("pruned", first, "tidegate.pruned", json.dumps({"at": "2026-01-01T00:00:00Z", "who": "op"}))
+    guarded.store.remove_weights("pruned", first)
+    guarded.store.remove_weights("pruned", first)  # what a crash left is repeated
+    with pytest.raises(RegistryError):
+        guarded.store.fetch_adapter("pruned", first, tmp_path / "gone")
+    assert guarded.store.fetch_adapter("pruned", second, tmp_path / "kept").is_dir()
+    with pytest.raises(PromotionRefused, match=r"pruned \(2026-01-01T00:00:00Z by op\)") as refused:
+        guarded.store.promote("pruned", first, why="back", who="eve")
+    (row,) = Approvals(f"sqlite:///{guarded.root / 'approvals.db'}").refusals("pruned")
+    assert (row["version"], row["who"], row["why"], row["sentence"]) == (first, "eve", "back", str(refused.value))
+    assert guarded.stages("pruned") == {first: "Archived", second: "Production"}
 
 
 def test_taking_the_live_version_out_is_allowed_and_recorded(guarded):

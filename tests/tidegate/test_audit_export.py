@@ -23,6 +23,7 @@ from tests.registry.conftest import write_adapter
 from tidegate import audit
 from tidegate.cli import cli
 from tidegate.wiring import open_service
+from tidegate.workspace import write_json
 
 STREAM = "support-desk"
 BLOCK = f"{STREAM}-0-000000001"
@@ -279,3 +280,12 @@ def test_the_key_of_approvals_may_be_kept_on_another_machine(desk, tmp_path):
     with pytest.raises(SignatureError, match="only its public half"):
         desk.approve(1)
     approvals.close()
+
+
+def test_an_audit_says_where_weights_were_pruned_and_verifies_all_the_same(desk):
+    row = desk.store.rows[0]
+    told = {"at": now(), "who": "ada", "why": "over", "adapter_sha256": row.adapter_sha256, "versions": {}}
+    write_json(desk.root / "pruned" / f"{row.adapter_sha256}.json", told)
+    done = desk.run("audit")
+    assert done.exit_code == 0, done.output
+    assert f"{STREAM}-r0001: weights pruned {told['at']}; its papers are all here" in done.output

@@ -122,6 +122,8 @@ def _show(report: dict[str, Any], *, want_json: bool) -> None:
     for row in report["rounds"]:
         if not row["installed_code"]:
             output.say(f"note      {row['round_id']}: made by other code than is installed ({row['code_sha256'][:12]})")
+        if row["pruned"]:
+            output.say(f"note      {row['round_id']}: weights pruned {row['pruned']}; its papers are all here")
     for name, part in report["streams"].items():
         output.say(f"\n{name}: {part['claim']}")
         _tell_unprotected(part["rounds_without_privacy"])

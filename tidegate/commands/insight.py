@@ -55,7 +55,8 @@ def lineage(given: str | None, what: str, *, stream: str | None, want_json: bool
         return
     output.facts({k.replace("_", " "): v for k, v in found.items() if k != "ancestry"})
     for step in found["ancestry"]:
-        output.say(f"\nversion {step['version']} ({step['stage']}, {step['state']}), round {step['round_id']}")
+        state = step["state"] + (f", pruned {step['pruned']}" if step["pruned"] else "")
+        output.say(f"\nversion {step['version']} ({step['stage']}, {state}), round {step['round_id']}")
         mark = ", WITHOUT PRIVACY" if step["noise_source"] == "none" else ""
         output.say(f"  data revision {step['data_revision']}, plan {step['plan_hash'][:16]}{mark}")
         rows = [(b["id"], b["use"], f"{b['q']:.4g}", b["offsets"]) for b in step["blocks"]]

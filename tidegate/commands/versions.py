@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tidegate import ancestry, memory, output
+from tidegate import ancestry, memory, output, pruning
 
 _WHO = click.option("--who", default=getpass.getuser, help="Your name, for the signed history.", show_default="login")
 _WHY = click.option("--why", required=True, help="The reason, kept and signed.")
@@ -44,6 +44,7 @@ def versions(given: str | None, stream: str, *, want_json: bool) -> None:
                 "parent_version": version.tag("parent_version") or "base",
                 "round": version.tag("round_id"),
                 "adapter_sha256": version.tag("adapter_sha256"),
+                "pruned": pruning.pruned_at(version),
                 **{name: kept.get(name) for name in ("average_accuracy", "backward_transfer", "forgetting")},
                 "url": f"{service.mlflow_uri}/#/models/{model}/versions/{version.version}",
             }
@@ -53,6 +54,8 @@ def versions(given: str | None, stream: str, *, want_json: bool) -> None:
         return
     first = ("version", "stage", "state", "alias", "verdict", "guarantee")
     columns = (*first, "parent", "round", "adapter", "kept", "evidence")
+    for row in rows:
+        row["state"] = f"{row['state']}, pruned" if row["pruned"] else row["state"]
     cells = [(*list(r.values())[:8], str(r["adapter_sha256"])[:12], _kept(r), r["url"]) for r in rows]
     output.table(f"versions of {stream}", columns, cells)
 
