@@ -58,7 +58,7 @@ class ApacheKafka:
         command = [str(KAFKA_HOME / "kafka"), verb, str(self.folder), *arguments]
         # To a file, not to a pipe: the broker inherits it and would hold the pipe open.
         with (self.folder.parent / f"{self.folder.name}.{verb}.log").open("w+") as log:
-            done = subprocess.run(command, check=False, stdout=log, stderr=log, env=environment, timeout=60)
+            done = subprocess.run(command, check=False, stdout=log, stderr=log, env=environment, timeout=180)
             log.seek(0)
             assert done.returncode == 0, log.read()
 

@@ -89,7 +89,7 @@ class Desk:
 
         return (serving_state(self.service()) or {}).get("streams", {}).get(STREAM, {}).get("version")
 
-    def wait(self, done, seconds=90, what=""):
+    def wait(self, done, seconds=240, what=""):
         end = time.monotonic() + seconds
         while not done():
             assert time.monotonic() < end, f"{what or done}: not within {seconds} s"
