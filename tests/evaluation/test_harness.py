@@ -255,6 +255,7 @@ def test_gates_hold_a_benchmark_against_live_or_the_base_and_say_on_how_many_ite
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # ten minutes where six others want the same two cores
 def test_the_135m_base_says_what_the_harness_says_by_itself(tmp_path):
     """24 questions with an example each, and 60 pairs; an adapter on the upper layers, and the bare base.
 
