@@ -456,7 +456,7 @@ def run(
         theirs.close()
         idle.append(ours)
     clock = Clock(len(wanted), [row for row in done.values() if "wall_s" in row], workers)
-    clock.tell(len(done), left)
+    clock.tell(len(wanted) - len(todo), left)
     while todo or busy:
         while idle and (job := next((j for j in todo if _ready(setup, j, done)), None)):
             todo.remove(job)
@@ -470,7 +470,7 @@ def run(
             clock.rows.append(row)
             idle.append(pipe)
             del busy[pipe]
-        clock.tell(len(done), [job for job in [*todo, *busy.values()] if job != "base"])
+        clock.tell(len(wanted) - len(todo) - len(busy), [job for job in [*todo, *busy.values()] if job != "base"])
     for pipe in idle:
         pipe.send(None)
 
