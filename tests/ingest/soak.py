@@ -191,6 +191,7 @@ class Soak:
         self.sealed = 0
         self.trouble: list[str] = []
         self.plans: list[Plan] = []
+        self.planned = 0  # children that are on their way to a planned end
         self.steps: Counter[str] = Counter()
 
     def _values(self, count: int) -> Iterator[tuple[bytes, bytes | None]]:
@@ -242,15 +243,20 @@ class Soak:
         while time.monotonic() < end and len(self.trouble) < TROUBLE_MAX:
             with self.lock:
                 plan = self.plans.pop() if self.plans else None
+                self.planned += plan is not None
             if plan is None:
-                return
+                if not self.one_zombie.locked():
+                    return
+                self._life(None, 3.0)  # somebody must take over what the stopped one holds
+                continue
             if plan.stop:
                 with self.one_zombie:
                     done = self._life(plan, PATIENT_SECONDS)
             else:
                 done = self._life(plan, PATIENT_SECONDS)
-            if not done:
-                with self.lock:
+            with self.lock:
+                self.planned -= 1
+                if not done:
                     self.plans.insert(0, plan)
 
     def feed(self, records: int, kills: int) -> None:
@@ -454,8 +460,9 @@ def run(folder: Path, kafka: ApacheKafka, size: Size, say: Callable[[str], None]
         thread.start()
     while any(thread.is_alive() for thread in drivers):
         drivers[0].join(1) if drivers[0].is_alive() else drivers[-1].join(1)
-        # To the end: the last child, too, can only die at its step if it has something to read.
-        soak.feed(size.records, size.kills)
+        # The last child, too, can only die at its step if it has something to read.
+        if soak.plans or soak.planned:
+            soak.feed(size.records, size.kills)
         say(_progress(soak, size, began))
     over.set()
     breaker.join()
