@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 ALL_TARGETS = tuple(BLOCK_PART)
 # More noise than this leaves nothing of a gradient: a block that asks for it has no budget left worth a round.
 SIGMA_MAX = 20.0
+# Rounding is proven harmless for draws of up to 50,000 units (learner.step.add_weighted), and a Poisson draw of which
+# so many are expected passes that with probability below e^-15000 (Chernoff).
+EXPECTED_BATCH_MAX = 20_001  # settings allow 20,000; the batch that rates give is that but for rounding
 # Fields of LoraSettings that plans made before did not have.
 _LATER = {"rank_pattern", "alpha_pattern", "bottleneck", "bottleneck_places", "nonlinearity"}
 
@@ -181,7 +184,7 @@ class RoundPlan(_Value):
     sigma: Annotated[float, Field(ge=0)]  # zero, as the clip norm is, exactly where there is no privacy
     clip_norm: Annotated[float, Field(ge=0)]
     steps: Annotated[int, Field(ge=1)]
-    expected_batch: Annotated[float, Field(gt=0)]
+    expected_batch: Annotated[float, Field(gt=0, le=EXPECTED_BATCH_MAX)]
     lora: LoraSettings
     optimiser: OptimiserSettings
     continual: ContinualSettings = ContinualSettings()

@@ -182,7 +182,7 @@ class LearnerSettings(_Section):
     schedule_seconds: Annotated[float, Field(gt=0)] = 600.0
     schedule: str = ""
     stuck_seconds: Annotated[float, Field(gt=0)] = 1800.0
-    expected_batch: Annotated[int, Field(ge=1)] = 384
+    expected_batch: Annotated[int, Field(ge=1, le=20_000)] = 384
     steps: Annotated[int, Field(ge=1, le=100_000)] = 30
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     sampling_rate_max: Annotated[float, Field(gt=0, le=1)] = 0.5

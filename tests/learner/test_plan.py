@@ -24,6 +24,12 @@ def planned(new, replay=(), **changes):
     return plan_round(**{**IDENTITY, "expected_batch": 40, "steps": 20, **changes}, new=new, replay=replay)
 
 
+def test_more_records_a_step_than_rounding_is_bounded_for_are_refused():
+    with pytest.raises(ValueError, match=r"expected_batch\n.*less than or equal to 20001"):
+        planned([account(units=100_000)], expected_batch=20_002)
+    assert planned([account(units=100_000)], expected_batch=20_000).expected_batch == pytest.approx(20_000)
+
+
 def test_a_plan_is_the_same_value_from_the_same_inputs_and_survives_json():
     first = planned([account(units=200)], [account("old", units=500)])
     second = planned([account(units=200)], [account("old", units=500)])

@@ -10,7 +10,7 @@ from learner.errors import RoundError
 from learner.plan import LoraSettings
 from learner.prefix import SplitModel
 from learner.sampling import Unit, draw
-from learner.step import Limits, NoMechanism, add_weighted, clip_weights, loss_gradient
+from learner.step import CLIP_MARGIN, NORM_CHUNK, Limits, NoMechanism, add_weighted, clip_weights, loss_gradient
 from tests.learner.rounds import clipped, examples, one_at_a_time, plain_model, private_step, stream
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -164,6 +164,15 @@ def summed(rows, weights):
     total = torch.zeros(rows.shape[1], dtype=torch.float64)
     add_weighted(total, rows, weights)
     return total
+
+
+def test_the_clip_margin_covers_what_rounding_of_norms_and_sums_can_hide():
+    """The worst cases of `clip_weights` and `add_weighted`, for the largest draw that is spoken of."""
+    units, u32, u64 = 50_000, 2.0**-24, 2.0**-53
+    norm = NORM_CHUNK * u32 / 2 + 2 * u32  # half of what squares in fp32 lose; each root once more
+    sums = 2 * units * u64 * units
+    assert norm + sums < 1.0 - CLIP_MARGIN
+    assert norm + 100 * sums > 1.0 - CLIP_MARGIN, "ten times as many would not be covered"
 
 
 def test_a_sum_is_exact_to_the_last_bits_of_fp64_whoever_else_is_in_it():
