@@ -39,7 +39,7 @@ _DAMAGE = (
     KeyError,
     TypeError,
     EOFError,
-    NotImplementedError,
+    NotImplementedError,  # zipfile, of a compression it does not know
     RuntimeError,
     zipfile.BadZipFile,
     zlib.error,

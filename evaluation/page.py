@@ -319,7 +319,7 @@ def _spent(evaluation: Evaluation) -> Markup:
         )
         return section("What was spent", paragraph(warning))
     if not facts.private:
-        warning = Markup('<strong class="bad">{}</strong> It cannot be promoted on a private stream.').format(
+        warning = Markup('<strong class="bad">{}</strong> It can never be promoted.').format(
             "Test noise: this round guarantees no privacy at all (epsilon is infinite)."
         )
         return section("What was spent", paragraph(warning))

@@ -184,7 +184,7 @@ def _spent(evaluation: Evaluation) -> str:
         return (
             "### What was spent\n\n"
             "**Test noise: this round guarantees no privacy at all (epsilon is infinite).** "
-            "It cannot be promoted on a private stream."
+            "It can never be promoted."
         )
     return (
         "### What was spent\n\n"
