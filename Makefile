@@ -29,7 +29,7 @@ install: $(INSTALLED) ## the virtual environment .venv, pinned by constraints.tx
 demo: $(INSTALLED) ## the whole path on the example stream, about a quarter of an hour; KEEP=1 leaves it running
 	@$(BIN)/tidegate demo $(if $(KEEP),--keep)
 
-test: $(INSTALLED) ## what CI runs, a process for each core, at most four
+test: $(INSTALLED) ## what CI runs, a process for each core, at most four; TESTS="-k gates"
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TESTS)
 
 test-slow: $(INSTALLED) ## what is too heavy for CI
