@@ -41,6 +41,7 @@ from mlflow.server import handlers
 from ingest.child import die_with_parent
 from privacy.errors import PrivacyError
 from privacy.signing import KeyFile, SigningKey
+from registry import page
 from registry.approvals import Approvals
 from registry.errors import PromotionRefused, RegistryError, UnknownVersion
 from registry.promotion import ADAPTER_FOLDER, Promotions, Trust, pick
@@ -51,22 +52,6 @@ log = structlog.get_logger()
 _TRANSITION = "/mlflow/model-versions/transition-stage"
 # One page of MLflow's version search; its own maximum is 200,000.
 _PAGE_ROWS = 10_000
-# MLflow hides stages behind a switch per browser: this turns it once, and a person may turn it back. MLflow's page
-# asks for a comment at a transition and throws it away: this sends it along as the reason.
-_PAGE_SCRIPT = """<script>
-try {
-  const key = "_mlflow_user_setting_dismiss_next_model_registry_ui";
-  if (localStorage.getItem(key) === null) localStorage.setItem(key, "true");
-} catch (blocked) {}
-const plainFetch = window.fetch;
-window.fetch = function (url, options) {
-  const box = document.querySelector("textarea[name=comment]");
-  if (box && box.value && options && String(url).includes("/model-versions/transition-stage")) {
-    options = {...options, body: JSON.stringify({...JSON.parse(options.body), comment: box.value})};
-  }
-  return plainFetch.call(this, url, options);
-};
-</script>"""
 
 View = Callable[..., Any]
 
@@ -150,7 +135,7 @@ def guard(app: Flask, promotions: Callable[[], Promotions], approvals: Approvals
     prefix = os.environ.get(handlers.STATIC_PREFIX_ENV_VAR, "").rstrip("/")
     for rule in list(app.url_map.iter_rules()):
         if rule.rule == f"{prefix}/":
-            app.view_functions[rule.endpoint] = _showing_stages(app.view_functions[rule.endpoint])
+            app.view_functions[rule.endpoint] = _with_script(app.view_functions[rule.endpoint])
 
     def health() -> Response:
         return jsonify({"guard": "tidegate"})
@@ -221,19 +206,18 @@ def _translated(view: View) -> View:
     return wraps(view)(handlers.catch_mlflow_exception(answering))
 
 
-def _showing_stages(front_page: View) -> View:
+def _with_script(front_page: View) -> View:
     @wraps(front_page)
-    def page(*args: Any, **kwargs: Any) -> Any:
+    def shown(*args: Any, **kwargs: Any) -> Any:
         response = front_page(*args, **kwargs)
         if not isinstance(response, Response) or response.mimetype != "text/html":
             return response
         response.direct_passthrough = False
-        html = response.get_data(as_text=True).replace("<head>", f"<head>{_PAGE_SCRIPT}", 1)
-        plain = Response(html, mimetype="text/html")
+        plain = Response(page.with_script(response.get_data(as_text=True)), mimetype="text/html")
         plain.headers["Cache-Control"] = "no-store"  # a page cached from an unguarded server would hide the stages
         return plain
 
-    return page
+    return shown
 
 
 def _store() -> Any:
