@@ -21,6 +21,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute
 
 from serving import wire
 from serving.answer_id import make_answer_id
@@ -40,13 +41,20 @@ _INVALID = "invalid_request_error"
 log = structlog.get_logger()
 
 
-def create_app(swaps: Sequence[HotSwap], answer_key: bytes, *, max_tokens: Mapping[str, int] | None = None) -> FastAPI:
+def create_app(
+    swaps: Sequence[HotSwap],
+    answer_key: bytes,
+    *,
+    max_tokens: Mapping[str, int] | None = None,
+    routes: Sequence[BaseRoute] = (),
+) -> FastAPI:
     """The application.
 
     Args:
         swaps: one a stream; started and stopped by the caller.
         answer_key: secret of the answer ids.
         max_tokens: by stream: most tokens of an answer, and what a request gets that names none. Default 256.
+        routes: more of them, such as the console's; not in the OpenAPI description.
     """
     app = FastAPI(
         title="Tidegate",
@@ -58,6 +66,7 @@ def create_app(swaps: Sequence[HotSwap], answer_key: bytes, *, max_tokens: Mappi
     _add_answers(app, desk)
     _add_probes(app, desk)
     _add_errors(app)
+    app.router.routes.extend(routes)
     return app
 
 

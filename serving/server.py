@@ -7,11 +7,12 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import structlog
 import uvicorn
+from starlette.routing import BaseRoute
 
 from serving.api import create_app
 from serving.errors import ServingError
@@ -24,6 +25,10 @@ START_S = 30
 log = structlog.get_logger()
 
 
+def _nothing() -> None:
+    pass
+
+
 def serve(
     swaps: Sequence[HotSwap],
     *,
@@ -31,17 +36,28 @@ def serve(
     port: int,
     answer_key: bytes,
     max_tokens: Mapping[str, int] | None = None,
+    routes: Sequence[BaseRoute] = (),
+    on_end: Callable[[], object] = _nothing,
 ) -> None:
     """Serve until SIGINT or SIGTERM: no new requests, answers on their way finish, then everything stops.
+
+    Args:
+        swaps: one a stream.
+        host: to listen at.
+        port: to listen at.
+        answer_key: secret of the answer ids.
+        max_tokens: by stream; see `create_app`.
+        routes: more than the API's own.
+        on_end: told when the end begins: what never finishes by itself, such as a stream of events, ends then.
 
     Raises:
         ServingError: the address cannot be bound.
     """
-    app = create_app(swaps, answer_key, max_tokens=max_tokens)
+    app = create_app(swaps, answer_key, max_tokens=max_tokens, routes=routes)
     with _bound(host, port) as listener, _following(swaps):
         log.info("serving", address=f"http://{host}:{listener.getsockname()[1]}", streams=[s.stream for s in swaps])
         server = uvicorn.Server(_config(app))
-        with _ending(server):
+        with _ending(server, on_end):
             server.run(sockets=[listener])
     log.info("stopped serving")
 
@@ -54,16 +70,18 @@ def running(
     host: str = "127.0.0.1",
     port: int = 0,
     max_tokens: Mapping[str, int] | None = None,
+    routes: Sequence[BaseRoute] = (),
+    on_end: Callable[[], object] = _nothing,
 ) -> Iterator[str]:
     """Serve on a thread while the block runs; gives the address. Port 0 takes a free one.
 
-    Engines are not closed: whoever made them does.
+    Engines are not closed: whoever made them does. The arguments are those of `serve`.
 
     Raises:
         ServingError: the address cannot be bound, or the server does not start.
     """
     with _bound(host, port) as listener:
-        server = uvicorn.Server(_config(create_app(swaps, answer_key, max_tokens=max_tokens)))
+        server = uvicorn.Server(_config(create_app(swaps, answer_key, max_tokens=max_tokens, routes=routes)))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="api", daemon=True)
         for swap in swaps:
             swap.start()
@@ -77,13 +95,14 @@ def running(
             yield f"http://{host}:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
+            on_end()
             thread.join()
             for swap in swaps:
                 swap.stop()
 
 
 @contextlib.contextmanager
-def _ending(server: uvicorn.Server) -> Iterator[None]:
+def _ending(server: uvicorn.Server, on_end: Callable[[], object]) -> Iterator[None]:
     """Signals end the server and nothing else: uvicorn raises them again when it is done, which would kill us there."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -91,6 +110,7 @@ def _ending(server: uvicorn.Server) -> Iterator[None]:
 
     def end(_number: int, _frame: object) -> None:
         server.should_exit = True
+        on_end()
 
     before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
