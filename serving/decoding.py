@@ -156,6 +156,15 @@ def choose(
     return chosen
 
 
+def likelihoods(logits: Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
+    """Log-probability of a token by (V,) logits, and the `count` likeliest tokens with theirs, likeliest first."""
+    logprobs = logits.log_softmax(dim=-1)
+    if not count:
+        return float(logprobs[token]), []
+    values, ids = logprobs.topk(min(count, len(logprobs)))
+    return float(logprobs[token]), list(zip(ids.tolist(), values.tolist(), strict=True))
+
+
 def _sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> int:
     """One token by temperature and nucleus, from (V,) logits."""
     # The largest logit first: divided by a tiny temperature it would overflow.

@@ -12,6 +12,9 @@ from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
 
+# As OpenAI's `top_logprobs`.
+LOGPROBS_MAX = 20
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -23,6 +26,9 @@ class Sampling:
         top_p: nucleus sampling (Holtzman et al. 2020): the smallest set of tokens of at least this mass.
         seed: same seed, same prompt, same batch company: same answer. None draws from the operating system.
         stop: texts that end an answer; they are not part of it.
+        logprobs: with each token its log-probability and so many of the likeliest instead of it, at most LOGPROBS_MAX;
+            0 asks for the chosen one alone, None for none. They are the model's: before temperature and nucleus.
+        timeout_s: the answer fails with `AnswerTimeout` when it is not whole so long after it was asked for.
     """
 
     max_tokens: int
@@ -30,13 +36,48 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A token and how likely it was.
+
+    Attributes:
+        text: the token alone; U+FFFD stands for bytes that are no character by themselves.
+        raw: its bytes; those of an answer's tokens one behind another are its text, in UTF-8.
+        logprob: natural logarithm of its probability.
+    """
+
+    text: str
+    raw: bytes
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Token(Likelihood):
+    """A token of an answer.
+
+    Attributes:
+        top: the likeliest in its place, likeliest first, as many as were asked for, with the chosen one or without.
+    """
+
+    top: tuple[Likelihood, ...] = ()
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The next piece of an answer: whole characters only."""
+    """The next piece of an answer: whole characters only.
+
+    Attributes:
+        text: empty only when there are tokens that show nothing.
+        tokens: those that begin in the text up to its end and were not handed out before, if they were asked for. The
+            token that ends an answer is none of them; of a stop text only what began before it.
+    """
 
     text: str
+    tokens: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True)

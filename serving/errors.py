@@ -4,7 +4,8 @@ ServingError
 ├── EngineError             the engine cannot do what was asked
 │   ├── QueueFull           too many answers are waiting; carries `retry_after_s`
 │   ├── UnknownAdapter      no adapter of that name is resident
-│   └── PromptTooLong       prompt and answer do not fit the context
+│   ├── PromptTooLong       prompt and answer do not fit the context
+│   └── AnswerTimeout       an answer took longer than it was given
 ├── SwapError               a wanted version cannot become live; the live one goes on
 │   ├── ApprovalRefused     its approval is missing, forged, for something else, or older than one already followed
 │   └── Ambiguous           the registry wants more than one version
@@ -42,6 +43,10 @@ class UnknownAdapter(EngineError):
 
 class PromptTooLong(EngineError):
     """Prompt and answer do not fit the context."""
+
+
+class AnswerTimeout(EngineError):
+    """An answer was not whole when its time was over."""
 
 
 class SwapError(ServingError):

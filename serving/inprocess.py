@@ -32,12 +32,12 @@ from learner.base import Base, load_tokenizer
 from learner.errors import LearnerError
 from learner.prompt import Renderer
 from serving.continuations import TokenRow, score
-from serving.decoding import Slots, choose
-from serving.engine import Finish, FinishReason, Piece, Sampling
-from serving.errors import EngineError, PromptTooLong, QueueFull, UnknownAdapter
+from serving.decoding import Slots, choose, likelihoods
+from serving.engine import Finish, FinishReason, Likelihood, Piece, Sampling, Token
+from serving.errors import AnswerTimeout, EngineError, PromptTooLong, QueueFull, UnknownAdapter
 from serving.forward import Decoder, Resident, resident_from
 from serving.scoring import Scored, Scorer
-from serving.text import TextStream
+from serving.text import TextStream, token_bytes
 
 T = TypeVar("T")
 Event = Piece | Finish | EngineError
@@ -92,7 +92,9 @@ class _Writing:
         self.produced = 0
         self.last = -1
         self.began_s = 0.0
+        self.ends_s = math.inf if sampling.timeout_s is None else time.monotonic() + sampling.timeout_s
         self.text: TextStream | None = None
+        self.tokens: deque[tuple[int, Token]] = deque()  # not handed out yet, with the character they begin at
         self.generator: torch.Generator | None = None
         if sampling.temperature > 0:
             self.generator = torch.Generator()
@@ -503,6 +505,7 @@ class InProcessEngine:
     def _join(self) -> None:
         """Run the prompts of some waiting answers, so that they take part in the next step."""
         joining: list[_Writing] = []
+        self._drop_overdue()
         with self._wake:
             longest = 0
             while self._waiting and len(self._active) + len(joining) < self._batch_max:
@@ -520,10 +523,24 @@ class InProcessEngine:
         logits = self._slots.add([w.prompt_ids for w in joining], [w.adapter for w in joining])
         self._take(first, logits)
 
+    def _drop_overdue(self) -> None:
+        """Tell those whose time is over before they were begun."""
+        now_s = time.monotonic()
+        with self._wake:
+            overdue = [writing for writing in self._waiting if writing.ends_s < now_s]
+            for writing in overdue:
+                self._waiting.remove(writing)
+        for writing in overdue:
+            writing.sink(_overdue(writing))
+
     def _step(self) -> None:
         """One more token for every answer."""
+        now_s = time.monotonic()
         for row in reversed(range(len(self._active))):
-            if self._active[row].cancelled:
+            writing = self._active[row]
+            if writing.ends_s < now_s and not writing.cancelled:
+                writing.sink(_overdue(writing))
+            if writing.cancelled or writing.ends_s < now_s:
                 self._leave(row)
         if self._active:
             self._take(0, self._slots.step([writing.last for writing in self._active]))
@@ -533,11 +550,17 @@ class InProcessEngine:
         some = self._active[first:]
         tokens = choose(logits, [w.sampling for w in some], [w.generator for w in some])
         for row in reversed(range(len(some))):
-            if self._hand_out(some[row], tokens[row]):
+            if self._hand_out(some[row], tokens[row], logits[row]):
                 self._leave(first + row)
 
-    def _hand_out(self, writing: _Writing, token: int | None) -> bool:
-        """Give one token's text to whoever waits for it; True when the answer is finished."""
+    def _hand_out(self, writing: _Writing, token: int | None, logits: torch.Tensor) -> bool:
+        """Give one token's text to whoever waits for it; True when the answer is finished.
+
+        Args:
+            writing: the answer.
+            token: its next one; None where logits are not finite.
+            logits: (V,) it was chosen from.
+        """
         if token is None:
             writing.sink(EngineError("engine: logits are not finite; ask again, or roll back the adapter"))
             return True
@@ -546,6 +569,8 @@ class InProcessEngine:
         writing.last = token
         writing.produced += 1
         ended = token in self._ends
+        if writing.sampling.logprobs is not None and not ended:
+            writing.tokens.append((text.begun, self._token(token, logits, writing.sampling.logprobs)))
         piece = "" if ended else text.push(token)
         reason: FinishReason | None = None
         if ended or text.stopped:
@@ -555,13 +580,23 @@ class InProcessEngine:
         if reason:
             piece += text.finish()
             reason = "stop" if text.stopped else reason
-        if piece:
-            writing.sink(Piece(piece))
+        told = _told(writing.tokens, math.inf if reason and not text.stopped else text.released)
+        if piece or told:
+            writing.sink(Piece(piece, told))
         if not reason:
             return False
         writing.sink(Finish(reason, len(writing.prompt_ids), writing.produced))
         self._answer_s += 0.1 * (time.monotonic() - writing.began_s - self._answer_s)
         return True
+
+    def _token(self, token: int, logits: torch.Tensor, count: int) -> Token:
+        logprob, top = likelihoods(logits, token, count)
+        raw = token_bytes(self._decoding_tokenizer, token)
+        return Token(raw.decode(errors="replace"), raw, logprob, tuple(self._likelihood(*one) for one in top))
+
+    def _likelihood(self, token: int, logprob: float) -> Likelihood:
+        raw = token_bytes(self._decoding_tokenizer, token)
+        return Likelihood(raw.decode(errors="replace"), raw, logprob)
 
     def _leave(self, row: int) -> None:
         self._slots.remove(row)
@@ -578,6 +613,21 @@ class InProcessEngine:
         self._slots.clear()
         for writing in lost:
             writing.sink(error)
+
+
+def _overdue(writing: _Writing) -> AnswerTimeout:
+    return AnswerTimeout(
+        f"answer: {writing.produced} tokens of at most {writing.sampling.max_tokens} after "
+        f"{writing.sampling.timeout_s} s, must be whole by then; ask for fewer tokens, or come back later"
+    )
+
+
+def _told(tokens: deque[tuple[int, Token]], end: float) -> tuple[Token, ...]:
+    """Take out the tokens that begin before a character."""
+    told = []
+    while tokens and tokens[0][0] < end:
+        told.append(tokens.popleft()[1])
+    return tuple(told)
 
 
 def _texts(events: SimpleQueue[Event]) -> Iterator[str]:

@@ -12,9 +12,16 @@ from learner.plan import LoraSettings
 
 
 def random_adapter(
-    base: Base, folder: Path, seed: int, *, layers=(1, 2), targets=("q_proj", "v_proj", "down_proj"), shape=None
+    base: Base,
+    folder: Path,
+    seed: int,
+    *,
+    layers=(1, 2),
+    targets=("q_proj", "v_proj", "down_proj"),
+    shape=None,
+    scale=0.3,
 ) -> str:
-    """Write an adapter of random weights; its sha256."""
+    """Write an adapter of random weights of this standard deviation; its sha256."""
     shape = shape or LoraSettings(r=4, alpha=8.0)
     config = load_model(base).config
     head = config.hidden_size // config.num_attention_heads
@@ -32,8 +39,8 @@ def random_adapter(
     for layer in layers:
         for target in targets:
             out, inside = sizes[target]
-            weights[weight_name(layer, target, "A")] = 0.3 * torch.randn(shape.r, inside, generator=generator)
-            weights[weight_name(layer, target, "B")] = 0.3 * torch.randn(out, shape.r, generator=generator)
+            weights[weight_name(layer, target, "A")] = scale * torch.randn(shape.r, inside, generator=generator)
+            weights[weight_name(layer, target, "B")] = scale * torch.randn(out, shape.r, generator=generator)
     return write_adapter(folder, shape, weights, base)
 
 
