@@ -20,6 +20,7 @@ from typing import Self
 
 import requests
 import structlog
+from sqlalchemy import make_url
 
 from ingest.child import die_with_parent
 from registry.errors import ServerFailed
@@ -35,7 +36,7 @@ _LOG_TAIL_LINES = 5
 
 
 class MlflowServer:
-    """`mlflow server` on SQLite with its artifacts in `WORKSPACE/mlflow`; a context manager.
+    """`mlflow server` with its artifacts in `WORKSPACE/mlflow`; a context manager.
 
     Args:
         workspace: the workspace's folder.
@@ -44,6 +45,8 @@ class MlflowServer:
         approvals_url: SQLAlchemy URL of the history of approvals; default `approvals.db` in the workspace.
         keys_dir: default `keys` in the workspace.
         open_models: models of streams that promise nothing to anybody; only theirs may be promoted without privacy.
+        backend_url: SQLAlchemy URL of MLflow's own tables; default `mlflow/mlflow.db` in the workspace. PostgreSQL is
+            driven by psycopg2, whatever driver the URL names.
         public_names: further host names under which browsers reach it, such as `mlflow.example.org`.
     """
 
@@ -59,11 +62,13 @@ class MlflowServer:
         keys_dir: Path | None = None,
         open_models: Sequence[str] = (),
         public_names: Sequence[str] = (),
+        backend_url: str | None = None,
     ) -> None:
         self._root = workspace.resolve()
         self._host = host
         self._port = port or _free_port(host)
         self._approvals_url = approvals_url or f"sqlite:///{self._root / 'approvals.db'}"
+        self._backend_url = _for_mlflow(backend_url or f"sqlite:///{self._root / 'mlflow' / 'mlflow.db'}")
         self._keys = (keys_dir or self._root / "keys").resolve()
         self._open_models = tuple(open_models)
         self._names = ("localhost", "127.0.0.1", "[::1]", *public_names)
@@ -152,7 +157,6 @@ class MlflowServer:
             *("--host", self._host, "--port", str(self._port), "--workers", "1"),
             # Serving asks once a second: a line each would be the whole log.
             *("--uvicorn-opts", "--no-access-log"),
-            *("--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}"),
             *("--serve-artifacts", "--artifacts-destination", str(home / "artifacts")),
             *("--allowed-hosts", ",".join(hosts), "--cors-allowed-origins", ",".join(origins)),
         ]
@@ -165,6 +169,8 @@ class MlflowServer:
             "TIDEGATE_APPROVALS_URL": self._approvals_url,
             "TIDEGATE_OPEN_MODELS": json.dumps(self._open_models),
             "TIDEGATE_MLFLOW_CHILD": "1",
+            # By the environment: other users of the machine read command lines, and a URL may hold a password.
+            "MLFLOW_BACKEND_STORE_URI": self._backend_url,
             # Thirteen further processes and 2.5 GB, for jobs nobody here starts.
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -192,6 +198,17 @@ class MlflowServer:
     def _tail(self) -> str:
         lines = self.log_file.read_text(errors="replace").splitlines()
         return " | ".join(line.strip() for line in lines[-_LOG_TAIL_LINES:] if line.strip()) or "empty"
+
+
+def _for_mlflow(url: str) -> str:
+    """The URL with the driver MLflow's queries work with.
+
+    MLflow compares a version's number, an integer, with text; psycopg 3 sends types along, and PostgreSQL refuses that.
+    """
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "postgresql":
+        parsed = parsed.set(drivername="postgresql+psycopg2")
+    return parsed.render_as_string(hide_password=False)
 
 
 def _free_port(host: str) -> int:

@@ -51,6 +51,7 @@ class MlflowSettings(_Section):
     uri: str = "embedded"
     host: str = "127.0.0.1"
     port: Port = 5000
+    backend: str = "embedded"
 
 
 class LedgerSettings(_Section):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tidegate.config import Resolved, Settings, StreamSettings, load, read_secret
-from tidegate.errors import UnknownName
+from tidegate.errors import ConfigError, UnknownName
 from tidegate.workspace import CHECKOUT, Workspace, find
 
 if TYPE_CHECKING:
@@ -128,8 +128,42 @@ class Service:
 
     @property
     def approvals_url(self) -> str:
-        """SQLAlchemy URL of the signed history of approvals: beside the ledger."""
-        return self.workspace.sqlite("approvals.db") if self.ledger_url.startswith("sqlite") else self.ledger_url
+        """SQLAlchemy URL of the signed history of approvals: beside the ledger, else beside MLflow's tables.
+
+        A database server that either of them has is where several machines see one history, and one lock.
+        """
+        for url in (self.ledger_url, self.mlflow_backend_url):
+            if not url.startswith("sqlite"):
+                return url
+        return self.workspace.sqlite("approvals.db")
+
+    @property
+    def mlflow_backend_url(self) -> str:
+        """SQLAlchemy URL of the embedded MLflow's tables; a secret one from TIDEGATE_MLFLOW_BACKEND_URL or a key file.
+
+        Raises:
+            ConfigError: it is the ledger's database.
+        """
+        from sqlalchemy import make_url
+        from sqlalchemy.exc import ArgumentError
+
+        url = self.settings.service.mlflow.backend
+        if url == "embedded":
+            own = self.workspace.sqlite("mlflow/mlflow.db")
+            url = read_secret("mlflow_backend_url", self.keys_dir) or own
+        try:
+            ours, ledgers = ((u.host, u.port, u.database, u.query) for u in map(make_url, (url, self.ledger_url)))
+        except ArgumentError:
+            raise ConfigError(
+                "service.mlflow.backend: must be `embedded` or an SQLAlchemy URL, such as "
+                "postgresql://user@host/mlflow; a URL with a password belongs into TIDEGATE_MLFLOW_BACKEND_URL"
+            ) from None
+        if ours == ledgers:
+            raise ConfigError(
+                "service.mlflow.backend: must not be the ledger's database, since each keeps the number of its schema "
+                "under the same name; make a second database on that server"
+            )
+        return url
 
     def approvals(self, *, signing: bool = False) -> Approvals:
         """The signed history of approvals, for reading, or for signing where MLflow has no guard."""

@@ -142,3 +142,42 @@ def test_a_secret_is_read_only_from_a_private_file(tmp_path, monkeypatch):
     monkeypatch.setenv("TIDEGATE_SASL_PASSWORD", "from the environment")
     assert read_secret("sasl_password", tmp_path) == "from the environment"
     assert read_secret("other", tmp_path) is None
+
+
+def service_with(tmp_path, params, change):
+    from tidegate.wiring import Service
+    from tidegate.workspace import Workspace
+
+    return Service(Workspace(tmp_path), load(params(change), {}))
+
+
+def test_mlflow_s_tables_and_the_history_stand_where_a_database_server_is(tmp_path, params, monkeypatch):
+    def mlflow_on_a_server(raw):
+        raw["service"]["mlflow"]["backend"] = "postgresql://tide@db/mlflow"
+
+    embedded = service_with(tmp_path, params, None)
+    assert embedded.mlflow_backend_url == f"sqlite:///{tmp_path / 'mlflow' / 'mlflow.db'}"
+    assert embedded.approvals_url == f"sqlite:///{tmp_path / 'approvals.db'}"
+    monkeypatch.setenv("TIDEGATE_MLFLOW_BACKEND_URL", "postgresql://tide:hush@db/mlflow")
+    assert embedded.mlflow_backend_url == "postgresql://tide:hush@db/mlflow"
+    assert embedded.approvals_url == "postgresql://tide:hush@db/mlflow"
+    named = service_with(tmp_path, params, mlflow_on_a_server)
+    assert named.mlflow_backend_url == "postgresql://tide@db/mlflow"
+    monkeypatch.setenv("TIDEGATE_LEDGER_URL", "postgresql+psycopg://tide:hush@db/ledger")
+    assert named.approvals_url == "postgresql+psycopg://tide:hush@db/ledger"
+
+
+def test_the_ledger_s_database_is_not_mlflow_s(tmp_path, params, monkeypatch):
+    monkeypatch.setenv("TIDEGATE_LEDGER_URL", "postgresql+psycopg://tide:hush@db/all")
+    monkeypatch.setenv("TIDEGATE_MLFLOW_BACKEND_URL", "postgresql+psycopg2://tide:hush@db/all")
+    with pytest.raises(ConfigError, match="must not be the ledger's database") as told:
+        _ = service_with(tmp_path, params, None).mlflow_backend_url
+    assert "hush" not in str(told.value)
+
+
+def test_what_is_no_address_of_a_database_is_said(tmp_path, params):
+    def wrong(raw):
+        raw["service"]["mlflow"]["backend"] = "db.example.org"
+
+    with pytest.raises(ConfigError, match=r"service.mlflow.backend: must be `embedded` or an SQLAlchemy URL"):
+        _ = service_with(tmp_path, params, wrong).mlflow_backend_url

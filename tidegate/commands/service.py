@@ -95,6 +95,7 @@ def mlflow(given: str | None) -> None:
         approvals_url=service.approvals_url,
         keys_dir=service.keys_dir,
         open_models=service.open_models(),
+        backend_url=service.mlflow_backend_url,
     ) as running:
         output.say(f"MLflow with the guard: {service.mlflow_uri}")
         while not stop.wait(1.0):
