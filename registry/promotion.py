@@ -323,6 +323,21 @@ def signed_tag(version: ModelVersion, tag: str, keys: Verifier, name: str) -> di
         ) from error
 
 
+def proven(model: str, version: ModelVersion, trust: Trust) -> str:
+    """The adapter that a version's signed verdict found passed and its signed receipt guarantees.
+
+    That is what a promotion asks for before it looks at what is live: without it a version answers nobody, not even
+    a person who is to judge it.
+
+    Raises:
+        PromotionRefused: one of the documents does not hold.
+    """
+    name = f"{model} version {version.version}"
+    sha = str(_verdict(name, version, trust.verdicts).get("adapter_sha256"))
+    _receipted(name, version, sha, trust.receipts, open_stream=model in trust.open_models)
+    return sha
+
+
 def _is_live(chosen: ModelVersion, standing: Standing) -> bool:
     return chosen.stage == PRODUCTION and bool(standing.live) and (standing.live or {})["version"] == chosen.version
 
@@ -340,12 +355,7 @@ def _refuse_state(name: str, chosen: ModelVersion, history: Iterable[Approval]) 
 
 def _passed(name: str, chosen: ModelVersion, standing: Standing, keys: Verifier) -> str:
     """The adapter a passed verdict is about, when it was judged against what is live."""
-    verdict = signed_tag(chosen, "verdict", keys, name)
-    if verdict.get("outcome") != "passed":
-        raise PromotionRefused(
-            f"{name} cannot go to Production: its signed verdict says {verdict.get('outcome')}; "
-            f"read the gates on its page, and promote a version that passed"
-        )
+    verdict = _verdict(name, chosen, keys)
     live = standing.live["adapter_sha256"] if standing.live else ""
     if (verdict.get("parent_sha256") or "") != live:
         now = f"version {standing.live['version']} is live now" if standing.live else "no version is live now"
@@ -354,6 +364,17 @@ def _passed(name: str, chosen: ModelVersion, standing: Standing, keys: Verifier)
             f"wait for the next round, or roll back to its parent first"
         )
     return str(verdict.get("adapter_sha256"))
+
+
+def _verdict(name: str, chosen: ModelVersion, keys: Verifier) -> dict[str, Any]:
+    """The signed verdict, when it says passed."""
+    verdict = signed_tag(chosen, "verdict", keys, name)
+    if verdict.get("outcome") != "passed":
+        raise PromotionRefused(
+            f"{name} cannot go to Production: its signed verdict says {verdict.get('outcome')}; "
+            f"read the gates on its page, and promote a version that passed"
+        )
+    return verdict
 
 
 def _receipted(name: str, chosen: ModelVersion, sha: str, keys: Verifier, *, open_stream: bool) -> str:

@@ -1,7 +1,7 @@
 """The OpenAI-compatible API. Prompts and answers are never logged; every answer names its version.
 
 POST /v1/chat/completions   POST /v1/completions   GET /v1/models   GET /v1/models/{stream}
-GET /healthz   GET /readyz   GET /metrics   GET /tidegate/state
+GET /healthz   GET /readyz   GET /metrics   GET /tidegate/state   POST /tidegate/compare
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Any
@@ -19,12 +19,14 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute
 
 from serving import wire
 from serving.answer_id import make_answer_id
+from serving.compare import CompareRequest, compare
 from serving.engine import Answer, Engine
 from serving.errors import EngineError, NotReady, PromptTooLong, QueueFull, RequestRefused, ServingError
 from serving.metrics import Metrics
@@ -71,8 +73,8 @@ def create_app(
 
 
 def _add_answers(app: FastAPI, desk: _Desk) -> None:
-    kinds = (wire.ChatRequest, wire.CompletionRequest)
-    chat_schema, completion_schema, parts = _schemas(*kinds)
+    kinds = (wire.ChatRequest, wire.CompletionRequest, CompareRequest)
+    chat_schema, completion_schema, compare_schema, parts = _schemas(*kinds)
 
     @app.post("/v1/chat/completions", openapi_extra=chat_schema)
     async def chat(request: Request) -> Response:
@@ -81,6 +83,10 @@ def _add_answers(app: FastAPI, desk: _Desk) -> None:
     @app.post("/v1/completions", openapi_extra=completion_schema)
     async def completions(request: Request) -> Response:
         return await desk.answer(request, wire.CompletionRequest)
+
+    @app.post("/tidegate/compare", openapi_extra=compare_schema)
+    async def side_by_side(request: Request) -> Response:
+        return await desk.compare(request)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -204,7 +210,7 @@ class _Desk:
                 if asked.stream:
                     ending = held.pop_all()
                     return EventStream(reply, lambda: self._ended(reply, route, ending, 200))
-                body = await _unless_gone(request, reply)
+                body = await _unless_gone(request, reply.whole())
             except ServingError as error:
                 response = _error_response(error)
                 self.metrics.requests.labels(stream, version, route, response.status_code).inc()
@@ -214,6 +220,17 @@ class _Desk:
             status = CLIENT_GONE if body is None else 200
             self._ended(reply, route, held.pop_all(), status)
             return Response(status_code=status) if body is None else JSONResponse(body, headers=reply.headers)
+
+    async def compare(self, request: Request) -> Response:
+        """Live and the candidate that waits, side by side."""
+        try:
+            asked = wire.parse(CompareRequest, await _body(request))
+            swap = self.swap(asked.stream)
+            whole = compare(asked, swap, self._max_tokens.get(swap.stream, MAX_TOKENS))
+            told = await _unless_gone(request, whole)
+        except ClientDisconnect:
+            told = None
+        return Response(status_code=CLIENT_GONE) if told is None else JSONResponse(told)
 
     async def _submit(
         self, engine: Engine, adapter: str | None, prompts: Sequence[list[int]], asked: wire.Request, stream: str
@@ -291,14 +308,14 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-async def _unless_gone(request: Request, reply: Reply) -> dict[str, Any] | None:
+async def _unless_gone(request: Request, answer: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any] | None:
     """The whole answer; None when the client has hung up before it was ready."""
 
     async def hung_up() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    whole = asyncio.create_task(reply.whole())
+    whole = asyncio.create_task(answer)
     gone = asyncio.create_task(hung_up())
     try:
         await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -325,7 +342,7 @@ def _error_response(error: Exception) -> JSONResponse:
     return JSONResponse(wire.error_body(text, kind="server_error"), 500)
 
 
-def _schemas(*kinds: type[wire.Request]) -> tuple[dict[str, Any], ...]:
+def _schemas(*kinds: type[BaseModel]) -> tuple[dict[str, Any], ...]:
     """For each request its OpenAPI description, and last the parts they refer to."""
     parts: dict[str, Any] = {}
     described = []

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -25,6 +25,9 @@ from serving.approval import Approval, Wanted, check_wanted, read_approval
 from serving.cache import LocalCache, write_emergency
 from serving.engine import Engine
 from serving.errors import Ambiguous, ApprovalRefused, NotReady, ServingError, SwapError
+
+if TYPE_CHECKING:
+    from serving.delivery import Delivery
 
 __all__ = ["HotSwap", "Served", "Wanted", "write_emergency"]
 
@@ -90,6 +93,7 @@ class HotSwap:
         self.stream = stream
         self.engine = engine
         self.counts: Counter[str] = Counter()
+        self.delivery: Delivery | None = None  # what goes on beside the live version; started and stopped with it
         self._model = model or stream
         self._open_stream = open_stream
         self._wanted, self._fetch, self._acknowledge = wanted, fetch, acknowledge
@@ -139,7 +143,12 @@ class HotSwap:
     @property
     def alarms(self) -> tuple[Alarm, ...]:
         """What is wrong now."""
-        return self._alarms.standing
+        return (*self._alarms.standing, *(self.delivery.alarms if self.delivery else ()))
+
+    @property
+    def followed_seq(self) -> int:
+        """The newest decision that is followed, by its place in the history; 0 when none is."""
+        return self._followed.seq if self._followed else 0
 
     def state(self) -> dict[str, Any]:
         """JSON for `tidegate status`."""
@@ -151,12 +160,13 @@ class HotSwap:
             "number": current.version if current else None,
             "adapter_sha256": current.adapter_sha256 if current else "",
             "guarantee": self._followed.guarantee if self._followed and current and current.version else "",
-            "approval_seq": self._followed.seq if self._followed else 0,
+            "approval_seq": self.followed_seq,
             "loading": self._loading,
             "resident": [served.name for served in self._residents],
             "in_flight": in_flight,
             "waiting": self.engine.waiting,
             "swaps": dict(self.counts),
+            **(self.delivery.state() if self.delivery else {}),
             "alarms": [str(alarm) for alarm in self.alarms],
         }
 
@@ -166,9 +176,13 @@ class HotSwap:
         """Take up what the cache knows, then follow the registry on a thread of its own."""
         self.restore()
         self._thread.start()
+        if self.delivery:
+            self.delivery.start()
 
     def stop(self) -> None:
         """Stop following; what answers goes on. Idempotent."""
+        if self.delivery:
+            self.delivery.stop()
         self._stopping.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -206,7 +220,7 @@ class HotSwap:
         self._tell(found)
         self._evict()
         if self._current is None:
-            found += [alarm for alarm in self.alarms if alarm.kind == "cache"]
+            found += [alarm for alarm in self._alarms.standing if alarm.kind == "cache"]
         self._alarms.settle(found)
 
     def _decide(self, found: list[Alarm]) -> Approval | None:

@@ -18,7 +18,7 @@ from serving.errors import RequestRefused
 MESSAGES_MAX = 1000
 CHOICES_MAX = 16
 STOPS_MAX = 4
-_R = TypeVar("_R", bound="Request")
+_R = TypeVar("_R", bound=BaseModel)
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 

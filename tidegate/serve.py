@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from registry.states import PRODUCTION
 
 if TYPE_CHECKING:
+    from registry.states import ModelVersion
+    from serving.delivery import Delivery
     from serving.swap import HotSwap, Wanted
     from tidegate.wiring import Service
 
 
-def wanted_of(service: Service, stream: str) -> Callable[[], Wanted | None]:
-    """What the registry wants a stream to run: the Production version with its signed approval."""
+class Look:
+    """The versions of a model as they were when the registry was asked last: one question serves swap and delivery."""
+
+    versions: Sequence[ModelVersion] | None = None
+
+
+def wanted_of(service: Service, stream: str, look: Look | None = None) -> Callable[[], Wanted | None]:
+    """What the registry wants a stream to run: the Production version with its signed approval.
+
+    Args:
+        service: the workspace.
+        stream: its name.
+        look: is given every answer of the registry.
+    """
     from serving.errors import Ambiguous
     from serving.swap import Wanted
 
     model = service.model(stream)
 
     def ask() -> Wanted | None:
-        found = [v for v in service.store.versions(model, aliases=False) if v.stage == PRODUCTION]
+        versions = service.store.versions(model, aliases=False)
+        if look is not None:
+            look.versions = versions
+        found = [v for v in versions if v.stage == PRODUCTION]
         if not found:
             return None
         if len(found) > 1:
@@ -67,11 +84,12 @@ def swaps_of(service: Service) -> list[HotSwap]:
         def acknowledge(version: int, model: str = model) -> None:
             service.store.set_alias(model, "live", version)
 
+        look = Look()
         swaps.append(
             HotSwap(
                 stream,
                 engines[shared],
-                wanted=wanted_of(service, stream),
+                wanted=wanted_of(service, stream, look),
                 fetch=fetch,
                 acknowledge=acknowledge,
                 trusted=service.trusted("approvals"),
@@ -81,7 +99,33 @@ def swaps_of(service: Service) -> list[HotSwap]:
                 poll_seconds=settings.serving.poll_seconds,
             )
         )
+        swaps[-1].delivery = delivery_of(service, stream, swaps[-1], look, fetch)
     return swaps
+
+
+def delivery_of(
+    service: Service, stream: str, swap: HotSwap, look: Look, fetch: Callable[[int, Path], Path]
+) -> Delivery:
+    """What goes on beside a stream's live version."""
+    from registry.promotion import Trust, proven
+    from serving.candidates import Candidates
+    from serving.delivery import Delivery
+
+    model = service.model(stream)
+    open_models = [model] if service.is_open(stream) else []
+
+    def prove(version: ModelVersion) -> str:
+        return proven(model, version, Trust.from_dir(service.keys_dir, open_models))
+
+    candidates = Candidates(
+        stream,
+        swap.engine,
+        seen=lambda: look.versions,
+        prove=prove,
+        fetch=fetch,
+        cache=service.workspace.serving / stream,
+    )
+    return Delivery(candidates, poll_seconds=service.stream(stream).serving.poll_seconds)
 
 
 def run_server(service: Service) -> None:
