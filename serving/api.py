@@ -1,7 +1,7 @@
 """The OpenAI-compatible API. Prompts and answers are never logged; every answer names its version.
 
 POST /v1/chat/completions   POST /v1/completions   GET /v1/models   GET /v1/models/{stream}
-GET /healthz   GET /readyz   GET /metrics   GET /tidegate/state   POST /tidegate/compare
+GET /healthz   GET /readyz   GET /metrics   GET /tidegate/state   POST /tidegate/compare   GET /openapi.json
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import os
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import structlog
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -25,22 +25,25 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute
 
 from serving import wire
+from serving.access import Access, Caller, Scope
 from serving.answer_id import make_answer_id
 from serving.compare import CompareRequest, compare
 from serving.engine import Answer, Engine
-from serving.errors import EngineError, NotReady, PromptTooLong, QueueFull, RequestRefused, ServingError
+from serving.errors import EngineError, RequestRefused, ServingError
+from serving.gate import Gate, caller_of, needs
+from serving.limits import Limits
 from serving.metrics import Metrics
+from serving.problems import INVALID, error_response
 from serving.reply import EventStream, Reply
 from serving.swap import HotSwap
 
 # A thousand pages of text; anything longer cannot fit a context anyway.
 BODY_BYTES_MAX = 1 << 20
+# A body of that size over a slow line; whoever is slower only holds a connection.
+BODY_S_MAX = 30.0
 MAX_TOKENS = 256
 # Nobody is left to read it; nginx's number for the same thing.
 CLIENT_GONE = 499
-_INVALID = "invalid_request_error"
-
-log = structlog.get_logger()
 
 
 def create_app(
@@ -49,6 +52,7 @@ def create_app(
     *,
     max_tokens: Mapping[str, int] | None = None,
     routes: Sequence[BaseRoute] = (),
+    access: Access | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -57,13 +61,16 @@ def create_app(
         answer_key: secret of the answer ids.
         max_tokens: by stream: most tokens of an answer, and what a request gets that names none. Default 256.
         routes: more of them, such as the console's; not in the OpenAPI description.
+        access: who may call; None lets in whoever reaches the address.
     """
     app = FastAPI(
         title="Tidegate",
         summary="OpenAI-compatible answers that name their version.",
         docs_url=None,  # its pages load scripts from elsewhere
         redoc_url=None,
+        openapi_url=None,  # a route of ours, with a scope
     )
+    app.add_middleware(Gate, access=access or Access())
     desk = _Desk({swap.stream: swap for swap in swaps}, answer_key, max_tokens or {})
     _add_answers(app, desk)
     _add_probes(app, desk)
@@ -76,25 +83,25 @@ def _add_answers(app: FastAPI, desk: _Desk) -> None:
     kinds = (wire.ChatRequest, wire.CompletionRequest, CompareRequest)
     chat_schema, completion_schema, compare_schema, parts = _schemas(*kinds)
 
-    @app.post("/v1/chat/completions", openapi_extra=chat_schema)
+    @app.post("/v1/chat/completions", openapi_extra=chat_schema, dependencies=[needs("answer")])
     async def chat(request: Request) -> Response:
         return await desk.answer(request, wire.ChatRequest)
 
-    @app.post("/v1/completions", openapi_extra=completion_schema)
+    @app.post("/v1/completions", openapi_extra=completion_schema, dependencies=[needs("answer")])
     async def completions(request: Request) -> Response:
         return await desk.answer(request, wire.CompletionRequest)
 
-    @app.post("/tidegate/compare", openapi_extra=compare_schema)
+    @app.post("/tidegate/compare", openapi_extra=compare_schema, dependencies=[needs("candidate")])
     async def side_by_side(request: Request) -> Response:
         return await desk.compare(request)
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [desk.model(swap) for swap in desk.swaps.values()]}
+    @app.get("/v1/models", dependencies=[needs("read", "answer")])
+    async def models(request: Request) -> dict[str, Any]:
+        return {"object": "list", "data": [desk.model(swap) for swap in desk.seen_by(caller_of(request))]}
 
-    @app.get("/v1/models/{stream}")
-    async def model(stream: str) -> dict[str, Any]:
-        return desk.model(desk.swap(stream))
+    @app.get("/v1/models/{stream}", dependencies=[needs("read", "answer")])
+    async def model(stream: str, request: Request) -> dict[str, Any]:
+        return desk.model(desk.swap(stream, caller_of(request), "read", "answer"))
 
     described = app.openapi
 
@@ -104,6 +111,10 @@ def _add_answers(app: FastAPI, desk: _Desk) -> None:
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
+
+    @app.get("/openapi.json", include_in_schema=False, dependencies=[needs("read", "answer")])
+    async def description() -> dict[str, Any]:
+        return app.openapi()
 
 
 def _add_probes(app: FastAPI, desk: _Desk) -> None:
@@ -118,11 +129,11 @@ def _add_probes(app: FastAPI, desk: _Desk) -> None:
         ready = all(streams.values()) and all(swap.engine.healthy for swap in desk.swaps.values())
         return JSONResponse({"ready": ready, "streams": streams}, 200 if ready else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", dependencies=[needs("read")])
     async def metrics() -> Response:
         return Response(desk.metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/tidegate/state")
+    @app.get("/tidegate/state", dependencies=[needs("read")])
     async def state() -> dict[str, Any]:
         return desk.state()
 
@@ -130,17 +141,13 @@ def _add_probes(app: FastAPI, desk: _Desk) -> None:
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ServingError)
     async def refused(_request: Request, error: Exception) -> Response:
-        return _error_response(error)
+        return error_response(error)
 
     @app.exception_handler(HTTPException)
     async def unrouted(request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
         message = f"{request.method} {request.url.path[:200]}: no such route; see /openapi.json"
-        return JSONResponse(wire.error_body(message, kind=_INVALID, code="unknown_url"), status)
-
-    @app.exception_handler(Exception)
-    async def defect(_request: Request, _error: Exception) -> Response:
-        return JSONResponse(wire.error_body("the server failed; its log says why", kind="server_error"), 500)
+        return JSONResponse(wire.error_body(message, kind=INVALID, code="unknown_url"), status)
 
 
 class _Desk:
@@ -153,18 +160,27 @@ class _Desk:
         self._max_tokens = max_tokens
         self._started = datetime.now(UTC)
 
-    def swap(self, stream: str) -> HotSwap:
-        """The swap of a stream, by the name a client calls `model`."""
-        try:
-            return self.swaps[stream]
-        except KeyError:
-            known = ", ".join(self.swaps)
-            raise RequestRefused(
-                f"model={stream[:80]!r}: does not exist; the models are: {known}",
-                status=404,
-                param="model",
-                code="model_not_found",
-            ) from None
+    def seen_by(self, caller: Caller) -> list[HotSwap]:
+        """The streams somebody may ask or look at."""
+        return [swap for swap in self.swaps.values() if caller.may("read", "answer", stream=swap.stream)]
+
+    def swap(self, stream: str, caller: Caller, *any_of: Scope) -> HotSwap:
+        """The swap of a stream, by the name a client calls `model`, for whoever may.
+
+        Raises:
+            RequestRefused: 404; there is none. 403: the key is for other streams.
+        """
+        swap = self.swaps.get(stream)
+        if swap is not None:
+            caller.require(*any_of, stream=stream)
+            return swap
+        known = ", ".join(seen.stream for seen in self.seen_by(caller))
+        raise RequestRefused(
+            f"model={stream[:80]!r}: does not exist; the models are: {known}",
+            status=404,
+            param="model",
+            code="model_not_found",
+        )
 
     def model(self, swap: HotSwap) -> dict[str, Any]:
         """A stream as OpenAI's model object."""
@@ -189,30 +205,34 @@ class _Desk:
         began = time.monotonic()
         route = "chat" if kind is wire.ChatRequest else "completions"
         stream = version = ""
+        caller = caller_of(request)
         with ExitStack() as held:  # keeps the version resident until the last byte
             try:
                 asked = wire.parse(kind, await _body(request))
-                swap = self.swap(asked.model)
+                swap = self.swap(asked.model, caller, "answer")
                 stream = swap.stream
                 served = held.enter_context(swap.lease())
                 version = served.name
                 prompts = await asyncio.to_thread(_prompt_ids, swap.engine, asked)
+                charge = self._charge(caller.limits, prompts, asked, stream)
+                held.callback(charge.settle)
                 reply = Reply(
                     served=served,
                     answer_id=make_answer_id(stream, served.version, self._answer_key, _prefix(route)),
-                    answers=await self._submit(swap.engine, served.adapter, prompts, asked, stream),
+                    answers=await self._submit(swap.engine, served.adapter, prompts, asked, charge.tokens),
                     prompts=len(prompts),
                     chat=route == "chat",
                     with_usage=asked.usage_in_stream,
                     began_s=began,
                 )
+                charge.reply = reply
                 held.callback(reply.release)
                 if asked.stream:
                     ending = held.pop_all()
                     return EventStream(reply, lambda: self._ended(reply, route, ending, 200))
                 body = await _unless_gone(request, reply.whole())
             except ServingError as error:
-                response = _error_response(error)
+                response = error_response(error)
                 self.metrics.requests.labels(stream, version, route, response.status_code).inc()
                 return response
             except ClientDisconnect:  # while its body was read
@@ -225,17 +245,20 @@ class _Desk:
         """Live and the candidate that waits, side by side."""
         try:
             asked = wire.parse(CompareRequest, await _body(request))
-            swap = self.swap(asked.stream)
+            swap = self.swap(asked.stream, caller_of(request), "candidate")
             whole = compare(asked, swap, self._max_tokens.get(swap.stream, MAX_TOKENS))
             told = await _unless_gone(request, whole)
         except ClientDisconnect:
             told = None
         return Response(status_code=CLIENT_GONE) if told is None else JSONResponse(told)
 
-    async def _submit(
-        self, engine: Engine, adapter: str | None, prompts: Sequence[list[int]], asked: wire.Request, stream: str
-    ) -> list[Answer]:
-        """Queue every choice, or none."""
+    def _charge(self, limits: Limits, prompts: Sequence[list[int]], asked: wire.Request, stream: str) -> _Charge:
+        """Take from the key's limits what the answers may cost at most.
+
+        Raises:
+            RequestRefused: more tokens or choices than there may be.
+            TooFast: the key has not so many left.
+        """
         bound = self._max_tokens.get(stream, MAX_TOKENS)
         tokens = asked.tokens_asked or bound
         if tokens > bound:
@@ -246,9 +269,17 @@ class _Desk:
                 f"prompts={len(prompts)} x n={choices}: must be <= {wire.CHOICES_MAX} in all; send several requests",
                 param="n",
             )
+        charge = _Charge(limits, tokens, sum(map(len, prompts)) + tokens * len(prompts) * choices)
+        limits.take("tokens", charge.taken)
+        return charge
+
+    async def _submit(
+        self, engine: Engine, adapter: str | None, prompts: Sequence[list[int]], asked: wire.Request, tokens: int
+    ) -> list[Answer]:
+        """Queue every choice, or none."""
         answers: list[Answer] = []
         try:
-            for prompt, choice in itertools.product(prompts, range(choices)):
+            for prompt, choice in itertools.product(prompts, range(asked.n or 1)):
                 answer = await engine.submit(adapter, prompt, asked.sampling(tokens, choice))
                 answers.append(answer)
         except BaseException:
@@ -272,6 +303,30 @@ class _Desk:
         self.metrics.tokens.labels(*labels[:2], "prompt").inc(used["prompt_tokens"])
         self.metrics.tokens.labels(*labels[:2], "completion").inc(used["completion_tokens"])
         held.close()
+
+
+@dataclass
+class _Charge:
+    """Tokens taken from a key's limits for one request, until it is known what it used.
+
+    Attributes:
+        tokens: most of each answer.
+        taken: most of all prompts and answers together.
+        reply: the answers; None while none were queued, and then nothing was used.
+    """
+
+    limits: Limits
+    tokens: int
+    taken: int
+    reply: Reply | None = None
+
+    def settle(self) -> None:
+        """Give back what was not used. An answer somebody hung up on counts as whole: how far it came is not told."""
+        if self.reply is None or self.reply.failed:
+            self.limits.give_back("tokens", self.taken)
+            return
+        unused = sum(self.tokens - finish.completion_tokens for finish in self.reply.finishes.values())
+        self.limits.give_back("tokens", unused)
 
 
 def _prefix(route: str) -> str:
@@ -298,13 +353,17 @@ async def _body(request: Request) -> bytes:
     """The request's body.
 
     Raises:
-        RequestRefused: it is larger than BODY_BYTES_MAX.
+        RequestRefused: it is larger than BODY_BYTES_MAX, or takes longer than BODY_S_MAX.
     """
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > BODY_BYTES_MAX:
-            raise RequestRefused(f"body: must be <= {BODY_BYTES_MAX} bytes; shorten the prompt", status=413)
+    try:
+        async with asyncio.timeout(BODY_S_MAX):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > BODY_BYTES_MAX:
+                    raise RequestRefused(f"body: must be <= {BODY_BYTES_MAX} bytes; shorten the prompt", status=413)
+    except TimeoutError:
+        raise RequestRefused(f"body: must be there within {BODY_S_MAX:.0f} s; send it at once", status=408) from None
     return bytes(body)
 
 
@@ -323,23 +382,6 @@ async def _unless_gone(request: Request, answer: Coroutine[Any, Any, dict[str, A
     finally:
         for task in (whole, gone):
             task.cancel()
-
-
-def _error_response(error: Exception) -> JSONResponse:
-    """OpenAI's error object for anything serving raises on purpose."""
-    text = str(error)
-    if isinstance(error, RequestRefused):
-        return JSONResponse(wire.error_body(text, kind=_INVALID, param=error.param, code=error.code), error.status)
-    if isinstance(error, PromptTooLong):
-        return JSONResponse(wire.error_body(text, kind=_INVALID, code="context_length_exceeded"), 400)
-    if isinstance(error, QueueFull):
-        body = wire.error_body(text, kind="rate_limit_error", code="rate_limit_exceeded")
-        return JSONResponse(body, 429, {"retry-after": str(error.retry_after_s)})
-    if isinstance(error, NotReady):
-        body = wire.error_body(text, kind="server_error", code="not_ready")
-        return JSONResponse(body, 503, {"retry-after": "1"})
-    log.error("answer failed", reason=text)
-    return JSONResponse(wire.error_body(text, kind="server_error"), 500)
 
 
 def _schemas(*kinds: type[BaseModel]) -> tuple[dict[str, Any], ...]:

@@ -11,10 +11,18 @@ ServingError
 │   └── Ambiguous           the registry wants more than one version
 ├── NotReady                nothing is known yet about what to serve
 ├── AnswerIdError           an answer id is not one of ours
+├── KeysUnreadable          the file of API keys cannot be read: nobody is let in
+├── TooFast                 a key has used up its limits; carries `retry_after_s` and headers
 └── RequestRefused          a client's request is wrong; carries OpenAI's `param` and `code`, and the HTTP status
+    ├── Unauthorised        no key, or not one of ours
+    └── AccessRefused       a key that is not for this
 
 Every message is one line: name, value, bound, way out. It never holds a prompt or an answer.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 class ServingError(Exception):
@@ -83,3 +91,39 @@ class RequestRefused(ServingError):
         self.status = status
         self.param = param
         self.code = code
+
+
+class Unauthorised(RequestRefused):
+    """No key, or not one of ours."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, status=401, code="invalid_api_key")
+
+
+class AccessRefused(RequestRefused):
+    """A key that is not for this."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, status=403, code="insufficient_permissions")
+
+
+class KeysUnreadable(ServingError):
+    """The file of API keys cannot be read: nobody is let in."""
+
+
+class TooFast(ServingError):
+    """A key has used up its limits.
+
+    Attributes:
+        kind: `requests` or `tokens`.
+        retry_after_s: when to come back; None: never with so much at once.
+        headers: what is left, as OpenAI's headers.
+    """
+
+    def __init__(
+        self, message: str, kind: str, retry_after_s: float | None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.retry_after_s = retry_after_s
+        self.headers = dict(headers or {})

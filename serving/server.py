@@ -12,10 +12,13 @@ from typing import Any
 
 import structlog
 import uvicorn
+from fastapi import FastAPI
 from starlette.routing import BaseRoute
 
+from serving.access import Access, is_loopback
 from serving.api import create_app
 from serving.errors import ServingError
+from serving.gate import check_classified
 from serving.swap import HotSwap
 
 # Answers on their way may finish; a stuck one must not keep the process for ever.
@@ -36,6 +39,7 @@ def serve(
     port: int,
     answer_key: bytes,
     max_tokens: Mapping[str, int] | None = None,
+    access: Access | None = None,
     routes: Sequence[BaseRoute] = (),
     on_end: Callable[[], object] = _nothing,
 ) -> None:
@@ -47,13 +51,14 @@ def serve(
         port: to listen at.
         answer_key: secret of the answer ids.
         max_tokens: by stream; see `create_app`.
+        access: who may call; where other machines reach the host, keys must be asked for.
         routes: more than the API's own.
         on_end: told when the end begins: what never finishes by itself, such as a stream of events, ends then.
 
     Raises:
-        ServingError: the address cannot be bound.
+        ServingError: the address cannot be bound, or needs keys and there are none.
     """
-    app = create_app(swaps, answer_key, max_tokens=max_tokens, routes=routes)
+    app = _application(swaps, answer_key, host, max_tokens, access, routes)
     with _bound(host, port) as listener, _following(swaps):
         log.info("serving", address=f"http://{host}:{listener.getsockname()[1]}", streams=[s.stream for s in swaps])
         server = uvicorn.Server(_config(app))
@@ -70,6 +75,7 @@ def running(
     host: str = "127.0.0.1",
     port: int = 0,
     max_tokens: Mapping[str, int] | None = None,
+    access: Access | None = None,
     routes: Sequence[BaseRoute] = (),
     on_end: Callable[[], object] = _nothing,
 ) -> Iterator[str]:
@@ -78,10 +84,11 @@ def running(
     Engines are not closed: whoever made them does. The arguments are those of `serve`.
 
     Raises:
-        ServingError: the address cannot be bound, or the server does not start.
+        ServingError: the address cannot be bound, needs keys and there are none, or the server does not start.
     """
+    app = _application(swaps, answer_key, host, max_tokens, access, routes)
     with _bound(host, port) as listener:
-        server = uvicorn.Server(_config(create_app(swaps, answer_key, max_tokens=max_tokens, routes=routes)))
+        server = uvicorn.Server(_config(app))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="api", daemon=True)
         for swap in swaps:
             swap.start()
@@ -99,6 +106,29 @@ def running(
             thread.join()
             for swap in swaps:
                 swap.stop()
+
+
+def _application(
+    swaps: Sequence[HotSwap],
+    answer_key: bytes,
+    host: str,
+    max_tokens: Mapping[str, int] | None,
+    access: Access | None,
+    routes: Sequence[BaseRoute],
+) -> FastAPI:
+    """The application, where it may be served.
+
+    Raises:
+        ServingError: other machines reach the address and no keys are asked for, keys are asked for and there is none,
+            or a route says nothing of who may call it.
+    """
+    access = access or Access()
+    if not access.required and not is_loopback(host):
+        raise ServingError(f"api.host={host}: other machines reach it, so keys must be asked for; or use 127.0.0.1")
+    access.check_some(host)
+    app = create_app(swaps, answer_key, max_tokens=max_tokens, access=access, routes=routes)
+    check_classified(app)
+    return app
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "lineage": ("tidegate.commands.insight", "From a version or an answer id back to the topic's offsets."),
     "audit": ("tidegate.commands.audit", "Recompute what was spent on whose data; export or verify the proof."),
     "keys": ("tidegate.commands.keys", "List, export and change the keys that sign."),
+    "apikeys": ("tidegate.commands.apikeys", "Add, list and revoke the keys of the API, with scopes and limits."),
     "ask": ("tidegate.commands.insight", "Ask the live version a question."),
     "hooks": ("tidegate.commands.hooks", "Signed webhooks: what was sent, what receivers said; send a test."),
     "gc": ("tidegate.commands.upkeep", "Remove what no version needs from the data repository's cache."),

@@ -73,10 +73,11 @@ class KeySettings(_Section):
 
 
 class ApiSettings(_Section):
-    """Address of the OpenAI-compatible API."""
+    """Address of the OpenAI-compatible API, and whether it asks for keys also where only this machine reaches it."""
 
     host: str = "127.0.0.1"
     port: Port = 8080
+    require_keys: bool = False
 
 
 class ServiceSettings(_Section):

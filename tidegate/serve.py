@@ -10,6 +10,7 @@ from registry.states import PRODUCTION
 
 if TYPE_CHECKING:
     from registry.states import ModelVersion
+    from serving.access import Access
     from serving.delivery import Delivery
     from serving.swap import HotSwap, Wanted
     from tidegate.wiring import Service
@@ -128,6 +129,13 @@ def delivery_of(
     return Delivery(candidates, poll_seconds=service.stream(stream).serving.poll_seconds)
 
 
+def access_of(service: Service) -> Access:
+    """Who may call the API: holders of keys, and commands of this workspace."""
+    from serving.access import Access
+
+    return Access(service.api_keys, service.local_api_key) if service.api_keys_required else Access()
+
+
 def run_server(service: Service) -> None:
     """Serve until SIGINT or SIGTERM; requests in flight are answered first."""
     from serving.server import serve
@@ -139,4 +147,5 @@ def run_server(service: Service) -> None:
         port=api.port,
         answer_key=service.secret_bytes("answers"),
         max_tokens={name: stream.serving.max_tokens for name, stream in service.settings.streams.items()},
+        access=access_of(service),
     )

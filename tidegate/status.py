@@ -47,7 +47,10 @@ def look(service: Service) -> dict[str, Any]:
 def serving_state(service: Service) -> dict[str, Any] | None:
     """What the server says of itself, or None when it does not answer."""
     try:
-        with urllib.request.urlopen(f"{service.api_uri}/tidegate/state", timeout=2) as reply:  # noqa: S310
+        request = urllib.request.Request(  # noqa: S310 - our own http address
+            f"{service.api_uri}/tidegate/state", headers=service.api_headers
+        )
+        with urllib.request.urlopen(request, timeout=2) as reply:  # noqa: S310
             return dict(json.load(reply))
     except (OSError, urllib.error.URLError, ValueError):
         return None

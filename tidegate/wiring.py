@@ -220,6 +220,33 @@ class Service:
         host = "127.0.0.1" if api.host in {"0.0.0.0", "::"} else api.host  # noqa: S104 - compared, not bound
         return f"http://{host}:{api.port}"
 
+    @property
+    def api_keys(self) -> Path:
+        """File of the API keys' hashes."""
+        from serving.access import KEYS_FILE
+
+        return self.keys_dir / KEYS_FILE
+
+    @property
+    def api_keys_required(self) -> bool:
+        """Whether the API asks for keys: where other machines reach it always, on loopback when the settings say so."""
+        from serving.access import is_loopback
+
+        api = self.settings.service.api
+        return api.require_keys or not is_loopback(api.host)
+
+    @property
+    def local_api_key(self) -> str:
+        """The key by which this workspace's own commands reach its server."""
+        from serving.access import local_key
+
+        return local_key(self.secret_bytes("answers"))
+
+    @property
+    def api_headers(self) -> dict[str, str]:
+        """What a request of this workspace's own commands to its server carries."""
+        return {"Authorization": f"Bearer {self.local_api_key}"} if self.api_keys_required else {}
+
     @cached_property
     def store(self) -> MlflowStore:
         """The model registry."""

@@ -253,7 +253,7 @@ def test_hanging_up_stops_the_answer(address, core):
         content = json.dumps(body).encode()
         host, _, port = address.removeprefix("http://").partition(":")
         with socket.create_connection((host, int(port))) as raw:
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
             raw.sendall(head.encode() + content)
             end = time.monotonic() + 10
             while not core.writing:

@@ -82,7 +82,7 @@ def ask(given: str | None, stream: str, prompt: str | None, *, max_tokens: int, 
         "max_tokens": max_tokens,
         "temperature": 0,
     }
-    reply = _post(f"{service.api_uri}/v1/chat/completions", body)
+    reply = _post(f"{service.api_uri}/v1/chat/completions", body, service.api_headers)
     if want_json:
         output.as_json(reply)
         return
@@ -90,9 +90,9 @@ def ask(given: str | None, stream: str, prompt: str | None, *, max_tokens: int, 
     output.say(f"({reply['tidegate']['version']}; lineage: tidegate lineage {reply['id']})")
 
 
-def _post(url: str, body: dict[str, object]) -> dict[str, Any]:
+def _post(url: str, body: dict[str, object], headers: dict[str, str]) -> dict[str, Any]:
     request = urllib.request.Request(  # noqa: S310 - the service's own http address
-        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        url, json.dumps(body).encode(), {"Content-Type": "application/json", **headers}
     )
     try:
         with urllib.request.urlopen(request, timeout=120) as reply:  # noqa: S310
