@@ -42,7 +42,8 @@ from registry.states import PRODUCTION
 log = structlog.get_logger()
 
 GENESIS = "0" * 64
-KINDS = ("promote", "reject", "rollback", "emergency")
+CANARY = "canary"
+KINDS = ("promote", "reject", "rollback", "emergency", CANARY)
 # Writers wait for each other; an approval takes milliseconds, so this long means a stuck process.
 LOCK_TIMEOUT_S = 30
 # Any fixed number no other user of the database takes: the first eight bytes of sha256("tidegate approvals"),
@@ -94,7 +95,8 @@ Approval = dict[str, Any]
 """One signed decision, exactly as stored: seq (its place in the chain, 1 and up), model, version,
 adapter_sha256, from and to (stages; to Production means "this version is to answer"), who, when (UTC, RFC
 3339), why, kind, prev_hash, key_id,
-signature."""
+signature. One of kind canary moves no stage: it says under `canary` which share of requests the version answers
+beside what is live; 0 ends it."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,13 @@ class Standing:
         stack: decisions behind the versions a rollback passes through, newest last; the live one on top if
             there is one.
         approved: every version that was ever live, with its newest decision.
+        canary: the decision by which a candidate answers a share of requests; None when none does.
     """
 
     live: Approval | None = None
     stack: tuple[Approval, ...] = ()
     approved: Mapping[int, Approval] = field(default_factory=dict)
+    canary: Approval | None = None
 
     @property
     def previous(self) -> Approval | None:
@@ -123,14 +127,18 @@ class Standing:
 
         A promotion goes on top; going back to an older version takes off all above it, so that rolling back
         twice goes
-        two versions back and not to and fro.
+        two versions back and not to and fro. Whatever moves what is live ends a canary: it was compared with that.
         """
+        if row["kind"] == CANARY:
+            return replace(self, canary=row if row["canary"]["share"] else None)
         if row["to"] == PRODUCTION:
             at = next((i for i, below in enumerate(self.stack) if below["version"] == row["version"]), None)
             stack = (*(self.stack if at is None else self.stack[:at]), row)
             return Standing(row, stack, {**self.approved, row["version"]: row})
         if row["from"] == PRODUCTION and self.live and self.live["version"] == row["version"]:
-            return replace(self, live=None)
+            return replace(self, live=None, canary=None)
+        if self.canary and self.canary["version"] == row["version"]:
+            return replace(self, canary=None)
         return self
 
 
@@ -170,6 +178,7 @@ class Approvals:
         kind: str,
         guarantee: str = "",
         when: str | None = None,
+        canary: Mapping[str, Any] | None = None,
     ) -> Approval:
         """Sign a decision and add it to the chain; durable when this returns.
 
@@ -180,6 +189,8 @@ class Approvals:
             raise ApprovalsError(f"approvals={self._where}: opened without a signing key; it can only be read")
         if kind not in KINDS:
             raise ApprovalsError(f"kind={kind}: must be one of {', '.join(KINDS)}")
+        if (kind == CANARY) != (canary is not None):
+            raise ApprovalsError(f"kind={kind}: a share is of kind {CANARY}, and of no other")
         try:
             with self._exclusive() as connection:
                 last = connection.execute(_newest(None)).first()
@@ -197,6 +208,7 @@ class Approvals:
                     "prev_hash": last.hash if last else GENESIS,
                     # Written only where there is something to say: `none`, for a version without privacy.
                     **({"guarantee": guarantee} if guarantee else {}),
+                    **({"canary": dict(canary)} if canary else {}),
                 }
                 signed = self._signer.sign(payload)
                 connection.execute(
@@ -332,7 +344,7 @@ def standing(history: Sequence[Approval]) -> Standing:
     now_, before = Standing(), Standing()
     for row in history:
         if row["kind"] == "reject" and row["from"] == PRODUCTION:
-            now_ = before
+            now_ = replace(before, canary=None)
         else:
             before, now_ = now_, now_.then(row)
     return now_

@@ -10,6 +10,7 @@ UI, the REST API and every client meet it, and so that MLflow's own authenticati
     Production
     out of Production        `Promotions.withdraw`: recorded
     candidate to Archived    `Promotions.reject`: recorded
+    Staging with a share     `Promotions.canary`, `end_canary`: `tidegate_canary` in the body; no stage moves
     anything else            MLflow's business
 
 Environment: TIDEGATE_WORKSPACE, TIDEGATE_KEYS (default `keys` in the workspace), TIDEGATE_APPROVALS_URL
@@ -43,9 +44,10 @@ from privacy.errors import PrivacyError
 from privacy.signing import KeyFile, SigningKey
 from registry import page
 from registry.approvals import Approvals
+from registry.canary import parse
 from registry.errors import PromotionRefused, RegistryError, UnknownVersion
 from registry.promotion import ADAPTER_FOLDER, Promotions, Trust, pick
-from registry.states import ARCHIVED, NO_STAGE, PRODUCTION, ModelVersion, State
+from registry.states import ARCHIVED, NO_STAGE, PRODUCTION, STAGING, ModelVersion, State
 
 log = structlog.get_logger()
 
@@ -155,7 +157,7 @@ def _guarded(mlflow_view: View, promotions: Callable[[], Promotions]) -> View:
         message = handlers._get_request_message(TransitionModelVersionStage())  # noqa: SLF001
         body = request.get_json(force=True, silent=True)
         body = body if isinstance(body, dict) else {}
-        decided = _decide(promotions(), message, who=_who(), why=_why(body), bookkeeping=_bookkeeping(body))
+        decided = _decide(promotions(), message, body, who=_who(), why=_why(body))
         if not decided:
             return mlflow_view(*args, **kwargs)
         entity = _store().get_model_version(message.name, message.version)
@@ -166,12 +168,15 @@ def _guarded(mlflow_view: View, promotions: Callable[[], Promotions]) -> View:
     return transition
 
 
-def _decide(promotions: Promotions, message: Any, *, who: str, why: str, bookkeeping: bool) -> bool:
+def _decide(promotions: Promotions, message: Any, body: dict[str, Any], *, who: str, why: str) -> bool:
     """Carry out what is the guard's to decide; False when the transition is MLflow's business."""
     model, stage = str(message.name), str(message.stage).capitalize()
     if not model or not str(message.version).isdecimal():
         return False  # MLflow names the missing or malformed field
     number = int(message.version)
+    if "tidegate_canary" in body:
+        _decide_canary(promotions, model, number, body["tidegate_canary"], who=who, why=why)
+        return True
     if stage == PRODUCTION:
         promotions.promote(model, number, who=who, why=why)
         return True
@@ -179,12 +184,30 @@ def _decide(promotions: Promotions, message: Any, *, who: str, why: str, bookkee
     if chosen.stage == PRODUCTION:
         promotions.withdraw(model, number, to_stage=stage, who=who, why=why)
         return True
-    if stage in {ARCHIVED, NO_STAGE} and chosen.state is State.CANDIDATE and not bookkeeping:
-        if chosen.stage == stage:
-            return False
+    rejectable = chosen.state is State.CANDIDATE and chosen.stage != stage
+    if stage in {ARCHIVED, NO_STAGE} and rejectable and not _bookkeeping(body):
         promotions.reject(model, number, to_stage=stage, who=who, why=why)
         return True
+    running = promotions.approvals.standing(model).canary
+    if running and running["version"] == number and stage != STAGING:
+        promotions.end_canary(model, number, who=who, why=why or f"it left {STAGING}")
     return False
+
+
+def _decide_canary(promotions: Promotions, model: str, version: int, told: Any, *, who: str, why: str) -> None:
+    """A share of the requests for a candidate, or the end of it: `share` 0, with the `seq` of what it is to end."""
+    if isinstance(told, dict) and told.get("share") == 0:
+        seq = told.get("seq")
+        promotions.end_canary(
+            model,
+            version,
+            who=who,
+            why=why,
+            seq=seq if isinstance(seq, int) else None,
+            automatic=told.get("automatic") is True,
+        )
+    else:
+        promotions.canary(model, version, parse(told), who=who, why=why)
 
 
 def _translated(view: View) -> View:

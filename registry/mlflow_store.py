@@ -22,8 +22,9 @@ import requests
 
 from learner.adapter import BOTTLENECK_FILE, CONFIG_FILE, WEIGHTS_FILE, adapter_files
 from registry.approvals import Approval, Approvals
+from registry.canary import Terms
 from registry.errors import PromotionRefused, RegistryError, RegistryUnavailable, UnknownVersion
-from registry.promotion import ADAPTER_FOLDER, Promotions, Trust, pick
+from registry.promotion import ADAPTER_FOLDER, STEPPED_BACK, Promotions, Trust, pick
 from registry.states import ARCHIVED, PRODUCTION, STAGING, ModelVersion
 
 # A registry that does not answer within this is down: serving goes on with what it has, a command says so.
@@ -202,6 +203,65 @@ class MlflowStore:
             return self._desk(approvals, trust).reject(model, version, to_stage=ARCHIVED, who=who, why=why)
         self._transition(model, version, ARCHIVED, {}, who=who, why=why)
         return self._newest_approval(model)
+
+    def canary(
+        self,
+        model: str,
+        version: int,
+        terms: Terms,
+        *,
+        why: str,
+        who: str,
+        approvals: Approvals | None = None,
+        trust: Trust | None = None,
+    ) -> Approval:
+        """Let a waiting candidate answer a share of requests; the checks are those of `promote`.
+
+        Raises:
+            PromotionRefused: with the sentence that says why and what to do.
+            UnknownVersion, RegistryUnavailable, RegistryError.
+        """
+        if not self.guarded():
+            return self._desk(approvals, trust).canary(model, version, terms, who=who, why=why)
+        self._transition(model, version, STAGING, {"tidegate_canary": terms.as_json()}, who=who, why=why)
+        return self._newest_approval(model)
+
+    def end_canary(
+        self,
+        model: str,
+        version: int,
+        *,
+        why: str,
+        who: str,
+        approvals: Approvals | None = None,
+        trust: Trust | None = None,
+    ) -> Approval:
+        """Let what is live answer everything again.
+
+        Raises:
+            PromotionRefused: the version is no canary.
+            UnknownVersion, RegistryUnavailable, RegistryError.
+        """
+        if not self.guarded():
+            return self._desk(approvals, trust).end_canary(model, version, who=who, why=why)
+        self._transition(model, version, STAGING, {"tidegate_canary": {"share": 0}}, who=who, why=why)
+        return self._newest_approval(model)
+
+    def step_back(self, model: str, version: int, seq: int, *, why: str, who: str) -> None:
+        """Tell that serving ended the canary of decision `seq` by itself.
+
+        The guard signs it into the history. Without a guard nobody here holds the key: a tag says so until the next
+        decision signs it.
+
+        Raises:
+            PromotionRefused: that canary runs no more; then there is nothing to tell.
+            RegistryUnavailable, RegistryError: it is to be told again.
+        """
+        if self.guarded():
+            told = {"share": 0, "seq": seq, "automatic": True}
+            self._transition(model, version, STAGING, {"tidegate_canary": told}, who=who, why=why)
+        else:
+            self.set_tag(model, version, f"tidegate.{STEPPED_BACK}", json.dumps({"seq": seq, "why": why}))
 
     def guarded(self) -> bool:
         """Whether the guard runs in this MLflow."""

@@ -17,6 +17,9 @@ The approval comes before the move on purpose. A crash between 2 and 4 leaves a 
 out: the old version stays in Production with its own approval, and the next decision begins with `settle`,
 which adds a row saying that the move never happened. The other order would leave a version in Production that
 nobody signed for.
+
+A canary is a decision of its own: the same checks, the same signature, but no move. The version stays in Staging with
+the row in its tag `tidegate.canary`, and serving gives it a share of the requests until a later decision ends it.
 """
 
 import json
@@ -35,10 +38,11 @@ from privacy.errors import PrivacyError
 from privacy.policy import NONE, WITHOUT_PRIVACY
 from privacy.signing import TrustedKeys
 from registry import states
-from registry.approvals import Approval, Approvals, Standing, Verifier
+from registry.approvals import CANARY, Approval, Approvals, Standing, Verifier
 from registry.approvals import standing as standing_of
+from registry.canary import Terms
 from registry.errors import PromotionRefused, RegistryError, UnknownVersion
-from registry.states import PRODUCTION, Change, ModelVersion, State
+from registry.states import PRODUCTION, STAGING, Change, ModelVersion, State
 
 log = structlog.get_logger()
 
@@ -47,6 +51,8 @@ ADAPTER_FOLDER = "adapter"
 SYSTEM = "tidegate"
 # The tag of a version whose weights were removed: JSON with at, who, why. It only explains: what decides is the store.
 PRUNED = "pruned"
+# The tag in which a server that found nobody to sign says that it stepped back: JSON with seq and why.
+STEPPED_BACK = "stepped_back"
 
 
 class Registry(Protocol):
@@ -182,6 +188,90 @@ class Promotions:
             self._tidy(model, versions, changes, keep_stage_of=version)
             return approval
 
+    def canary(self, model: str, version: int, terms: Terms, *, who: str, why: str) -> Approval:
+        """Let a waiting candidate answer a share of requests beside what is live; asked again, change the share.
+
+        Raises:
+            PromotionRefused: it is none that waits, does not hold as for a promotion, or another canary runs.
+        """
+        try:
+            return self._canary(model, version, terms, who=who, why=why)
+        except PromotionRefused as refusal:
+            self.approvals.note_refusal(model=model, version=version, who=who, why=why, sentence=str(refusal))
+            raise
+
+    def _canary(self, model: str, version: int, terms: Terms, *, who: str, why: str) -> Approval:
+        with self.approvals.deciding():
+            self._settle(model)
+            chosen = pick(self.registry.versions(model), model, version)
+            standing = self.approvals.standing(model)
+            if chosen.stage != STAGING or version in standing.approved:
+                raise PromotionRefused(
+                    f"{model} version {version} stands in {chosen.stage}: a canary is a candidate that waits in "
+                    f"{STAGING}; to a version that was live before one rolls back"
+                )
+            other = standing.canary["version"] if standing.canary else version
+            if other != version:
+                raise PromotionRefused(
+                    f"{model} version {version}: version {other} is the canary now, and one runs at a time; end it "
+                    f"by a share of 0, or reject it"
+                )
+            decision = self._decide(model, chosen, standing)
+            sha, told = decision.adapter_sha256, terms.as_json()
+            return self._sign_canary(chosen, sha, decision.guarantee, told, model=model, who=who, why=why)
+
+    def end_canary(
+        self, model: str, version: int, *, who: str, why: str, seq: int | None = None, automatic: bool = False
+    ) -> Approval:
+        """Let what is live answer everything again; the candidate goes on waiting.
+
+        Args:
+            model: registered model.
+            version: the canary.
+            who: decided it.
+            why: kept and signed.
+            seq: only the canary of that decision: one that was changed meanwhile stays.
+            automatic: whether the server stepped back by itself.
+
+        Raises:
+            PromotionRefused: it is no canary, or that of another decision.
+        """
+        with self.approvals.deciding():
+            running = self.approvals.standing(model).canary
+            if running is None or running["version"] != version or seq not in {None, running["seq"]}:
+                raise PromotionRefused(f"{model} version {version}: is no canary (any more); nothing was changed")
+            chosen = pick(self.registry.versions(model), model, version)
+            told = {"share": 0, **({"automatic": True} if automatic else {})}
+            sha, guarantee = str(running["adapter_sha256"]), str(running.get("guarantee", ""))
+            return self._sign_canary(chosen, sha, guarantee, told, model=model, who=who, why=why)
+
+    def _sign_canary(
+        self,
+        chosen: ModelVersion,
+        sha: str,
+        guarantee: str,
+        told: dict[str, Any],
+        *,
+        model: str,
+        who: str,
+        why: str,
+    ) -> Approval:
+        approval = self.approvals.append(
+            model=model,
+            version=chosen.version,
+            adapter_sha256=sha,
+            from_stage=chosen.stage,
+            to_stage=chosen.stage,
+            who=who,
+            why=why,
+            kind=CANARY,
+            guarantee=guarantee,
+            canary=told,
+        )
+        self.registry.set_tag(model, chosen.version, f"tidegate.{CANARY}", json.dumps(approval))
+        log.info("canary", model=model, version=chosen.version, share=told["share"], seq=approval["seq"])
+        return approval
+
     def settle(self, model: str) -> None:
         """Add the row a crash left out: a promotion that never reached MLflow, an unrecorded withdrawal."""
         with self.approvals.deciding():
@@ -200,8 +290,26 @@ class Promotions:
             guarantee=self.approvals.guarantee_of(model, chosen.version, chosen.adapter_sha256),
         )
 
+    def _settle_canary(self, model: str, newest: Approval) -> None:
+        """Show the newest canary where serving looks, and sign what a server told that found nobody to sign."""
+        found = next((v for v in self.registry.versions(model) if v.version == newest["version"]), None)
+        if found is None:
+            return
+        if _document(found.tag(CANARY)) != newest:
+            self.registry.set_tag(model, found.version, f"tidegate.{CANARY}", json.dumps(newest))
+        stepped_back = _document(found.tag(STEPPED_BACK))
+        if newest["canary"]["share"] and stepped_back.get("seq") == newest["seq"]:
+            why = str(stepped_back.get("why", ""))[:1000]
+            sha, guarantee = str(newest["adapter_sha256"]), str(newest.get("guarantee", ""))
+            told = {"share": 0, "automatic": True}
+            self._sign_canary(found, sha, guarantee, told, model=model, who=SYSTEM, why=why)
+
     def _settle(self, model: str) -> None:
         history = self.approvals.history(model)
+        canary = standing_of(history).canary or (history[-1] if history and history[-1]["kind"] == CANARY else None)
+        if canary is not None:
+            self._settle_canary(model, canary)
+            history = self.approvals.history(model)
         live = standing_of(history).live
         if live is not None and live["kind"] == "emergency":
             return  # taken while MLflow was away: it answers though no stage says so, until a decision makes it lasting
@@ -400,6 +508,14 @@ def _receipted(name: str, chosen: ModelVersion, sha: str, keys: Verifier, *, ope
             f"test noise; promote a version of a real round"
         )
     return ""
+
+
+def _document(tag: str) -> dict[str, Any]:
+    """What a tag holds; nothing when it is no JSON object."""
+    try:
+        return dict(json.loads(tag or "{}"))
+    except (ValueError, TypeError):
+        return {}
 
 
 def _pruned(version: ModelVersion) -> str:
