@@ -41,9 +41,9 @@ from mlflow.server import handlers
 
 from ingest.child import die_with_parent
 from privacy.errors import PrivacyError
-from privacy.signing import KeyFile, SigningKey
+from privacy.signing import KeyFile, SigningKey, TrustedKeys
 from registry import page
-from registry.approvals import Approvals
+from registry.approvals import Approvals, Verifier
 from registry.canary import parse
 from registry.errors import PromotionRefused, RegistryError, UnknownVersion
 from registry.promotion import ADAPTER_FOLDER, Promotions, Trust, pick
@@ -114,7 +114,12 @@ def create_app(app: Flask = mlflow_app) -> Any:
     approvals = Approvals(os.environ.get("TIDEGATE_APPROVALS_URL") or f"sqlite:///{workspace / 'approvals.db'}", signer)
     # Keys are read at each decision: the first verdict may be signed after this server started.
     open_models = json.loads(os.environ.get("TIDEGATE_OPEN_MODELS") or "[]")
-    guard(app, lambda: Promotions(InProcess(), approvals, Trust.from_dir(keys, open_models)), approvals)
+
+    def promotions() -> Promotions:
+        return Promotions(InProcess(), approvals, Trust.from_dir(keys, open_models))
+
+    guard(app, promotions, approvals)
+    _pages(app, promotions, TrustedKeys.from_dir(keys, "approvals"))
     if os.environ.get("TIDEGATE_MLFLOW_AUTH") == "basic":
         from mlflow.server.auth import create_app as with_authentication
 
@@ -147,6 +152,38 @@ def guard(app: Flask, promotions: Callable[[], Promotions], approvals: Approvals
 
     app.add_url_rule(f"{prefix}/tidegate/health", "tidegate_health", handlers.catch_mlflow_exception(health))
     app.add_url_rule(f"{prefix}/tidegate/approvals", "tidegate_approvals", _translated(history))
+
+
+def _pages(app: Flask, promotions: Callable[[], Promotions], keys: Verifier) -> None:
+    """Add what people read of decisions: the facts of the panel on a version's page, and the history of a model."""
+
+    def standing() -> Response:
+        model, number = request.args.get("model", ""), request.args.get("version", "")
+        if not number.isdecimal():
+            raise UnknownVersion(f"version={number}: must be the number of a version")
+        desk = promotions()
+        versions = desk.registry.versions(model)
+        told = page.standing(
+            model,
+            int(number),
+            versions=versions,
+            approvals=desk.approvals,
+            seal=page.seal_of(desk.approvals, keys, page.carried_by(versions)),
+            objection=lambda version: desk.objection(model, version),
+        )
+        return jsonify(told)
+
+    def history_page() -> Response:
+        model, desk = request.args.get("model", ""), promotions()
+        seal = page.seal_of(desk.approvals, keys, page.carried_by(desk.registry.versions(model)))
+        events = page.events_of(desk.approvals.history(model), desk.approvals.refusals(model))
+        answer = Response(page.history_page(model, events, seal), mimetype="text/html")
+        answer.headers["Cache-Control"] = "no-store"
+        return answer
+
+    prefix = os.environ.get(handlers.STATIC_PREFIX_ENV_VAR, "").rstrip("/")
+    app.add_url_rule(f"{prefix}/tidegate/standing", "tidegate_standing", _translated(standing))
+    app.add_url_rule(f"{prefix}/tidegate/history", "tidegate_history", _translated(history_page))
 
 
 def _guarded(mlflow_view: View, promotions: Callable[[], Promotions]) -> View:

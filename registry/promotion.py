@@ -345,8 +345,28 @@ class Promotions:
         )
         log.warning("history settled", model=last["model"], version=last["version"], why=why)
 
+    def objection(self, model: str, version: int) -> str:
+        """Why a version would be refused now, by its documents; empty when they hold. Changes nothing.
+
+        The stored adapter is not read: that is for the decision itself.
+        """
+        chosen = pick(self.registry.versions(model), model, version)
+        try:
+            self._proven(model, chosen, self.approvals.standing(model))
+        except PromotionRefused as refusal:
+            return str(refusal)
+        if chosen.tag(PRUNED):
+            return f"{model} version {version}: its weights were pruned ({_pruned(chosen)})"
+        return ""
+
     def _decide(self, model: str, chosen: ModelVersion, standing: Standing) -> Decision:
         """Check everything a version must prove; says no with the first thing that does not hold."""
+        decision = self._proven(model, chosen, standing)
+        self._intact(f"{model} version {chosen.version}", model, chosen, decision.adapter_sha256)
+        return decision
+
+    def _proven(self, model: str, chosen: ModelVersion, standing: Standing) -> Decision:
+        """The same by its documents alone."""
         name = f"{model} version {chosen.version}"
         earlier = standing.approved.get(chosen.version)
         if earlier is not None:
@@ -355,7 +375,6 @@ class Promotions:
             _refuse_state(name, chosen, self.approvals.history(model))
             sha, kind = _passed(name, chosen, standing, self.trust.verdicts), "promote"
         guarantee = _receipted(name, chosen, sha, self.trust.receipts, open_stream=model in self.trust.open_models)
-        self._intact(name, model, chosen, sha)
         return Decision(kind, sha, guarantee)
 
     def _intact(self, name: str, model: str, chosen: ModelVersion, sha: str) -> None:
