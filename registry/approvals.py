@@ -9,8 +9,9 @@ than the chain's head.
 
 import fcntl
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -156,9 +157,11 @@ class Approvals:
     def __init__(self, url: str, signer: Signer | None = None) -> None:
         self._signer = signer
         self._where = url.rsplit("@", 1)[-1]  # never a password in a message
+        self._sqlite = url.startswith("sqlite")
+        self._turn = threading.Lock()
         try:
             self._engine = _engine(url)
-            with self._exclusive() as connection:
+            with self._exclusive(made=False) as connection:
                 _metadata.create_all(connection)
         except SQLAlchemyError as error:
             raise ApprovalsError(
@@ -235,16 +238,14 @@ class Approvals:
         rows = self._read(_newest(model))
         return dict(json.loads(rows[0].signed)) if rows else None
 
+    def models(self) -> list[str]:
+        """Every model that anything was decided on."""
+        rows = self._read(sql_select(_table.c.model).distinct().order_by(_table.c.model))
+        return [str(row.model) for row in rows]
+
     def standing(self, model: str) -> Standing:
         """What is live by these decisions, and what it can be rolled back to."""
         return standing(self.history(model))
-
-    def guarantee_of(self, model: str, version: int, adapter_sha256: str) -> str:
-        """What its newest approval says of a version's guarantee: `none` for one without privacy, else nothing."""
-        for row in reversed(self.history(model)):
-            if (row["version"], row["adapter_sha256"], row["to"]) == (version, adapter_sha256, PRODUCTION):
-                return str(row.get("guarantee", ""))
-        return ""
 
     def note_refusal(self, *, model: str, version: int, who: str, why: str, sentence: str) -> None:
         """Keep that a promotion was refused. Never raises: the refusal stands whether it is kept or not."""
@@ -288,39 +289,52 @@ class Approvals:
     def deciding(self) -> Iterator[None]:
         """Held while a decision is checked, written and carried out: two approvers see each other.
 
-        Over threads, processes and, on PostgreSQL, machines. It is not the lock that `append` takes: a
-        decision is
-        durable before it is carried out.
+        Over threads, processes and, on PostgreSQL, machines. It is not the lock that `append` takes: a decision is
+        durable before it is carried out. Threads of one process take turns first: each that waits on the database would
+        hold a connection of the pool, and the one whose turn it is needs a second to write.
 
         Raises:
             ApprovalsError: the lock cannot be taken.
         """
-        try:
-            if self._engine.dialect.name == "sqlite":
-                with Path(f"{self._engine.url.database}.lock").open("a") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                    yield
-                return
-            with self._engine.connect() as connection:
-                connection.exec_driver_sql(f"SELECT pg_advisory_lock({_ADVISORY_LOCK})")
-                try:
-                    yield
-                finally:
+        with ExitStack() as held:
+            held.enter_context(self._turn)
+            try:
+                held.enter_context(self._file_lock() if self._sqlite else self._advisory_lock())
+            except (SQLAlchemyError, OSError) as error:
+                raise ApprovalsError(f"approvals={self._where}: no lock ({_cause(error)}); check its rights") from error
+            yield
+
+    @contextmanager
+    def _file_lock(self) -> Iterator[None]:
+        with Path(f"{self._engine.url.database}.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def _advisory_lock(self) -> Iterator[None]:
+        # A lock of the session, not of a transaction: an open transaction would be idle as long as the decision takes.
+        with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql(f"SELECT pg_advisory_lock({_ADVISORY_LOCK})")
+            try:
+                yield
+            finally:
+                with suppress(SQLAlchemyError):  # the session is gone, and its lock with it
                     connection.exec_driver_sql(f"SELECT pg_advisory_unlock({_ADVISORY_LOCK})")
-        except (SQLAlchemyError, OSError) as error:
-            raise ApprovalsError(f"approvals={self._where}: no lock ({_cause(error)}); check its rights") from error
 
     def close(self) -> None:
         """Release the database's connections."""
         self._engine.dispose()
 
     @contextmanager
-    def _exclusive(self) -> Iterator[Connection]:
+    def _exclusive(self, *, made: bool = True) -> Iterator[Connection]:
         """One writer at a time, over all processes; committed at the end, rolled back on an error."""
         with self._engine.connect() as connection:
-            if self._engine.dialect.name == "sqlite":
+            if self._sqlite:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
-            elif self._engine.dialect.has_table(connection, _table.name):
+            elif not made:
+                # Two that start at once would both find no table. Held until the end of the transaction.
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK + 1})")
+            else:
                 connection.exec_driver_sql(f"LOCK TABLE {_table.name} IN EXCLUSIVE MODE")
             yield connection
             connection.commit()
@@ -338,16 +352,31 @@ class Approvals:
 def standing(history: Sequence[Approval]) -> Standing:
     """What the decisions on one model, oldest first, add up to.
 
-    A row of kind reject that leaves Production says that the promotion before it never happened (see
-    `promotion.py`).
+    A row of kind reject that leaves Production says that the version's newest promotion before it never happened (see
+    `promotion.py`): both count for nothing, whatever stands between them.
     """
-    now_, before = Standing(), Standing()
-    for row in history:
-        if row["kind"] == "reject" and row["from"] == PRODUCTION:
-            now_ = replace(before, canary=None)
-        else:
-            before, now_ = now_, now_.then(row)
+    void: set[int] = set()
+    for at, row in enumerate(history):
+        if _takes_back(row):
+            void.update(next(([i] for i in range(at - 1, -1, -1) if i not in void and _same(history[i], row)), []))
+    now_ = Standing()
+    for at, row in enumerate(history):
+        if _takes_back(row):
+            now_ = replace(now_, canary=None)  # while it lasted, the promotion had ended it
+        elif at not in void:
+            now_ = now_.then(row)
     return now_
+
+
+def _takes_back(row: Approval) -> bool:
+    return bool(row["kind"] == "reject" and row["from"] == PRODUCTION)
+
+
+def _same(row: Approval, taken_back: Approval) -> bool:
+    """Whether a row is what another takes back. An emergency never is: it happens without MLflow."""
+    return bool(
+        row["to"] == PRODUCTION and row["version"] == taken_back["version"] and row["kind"] in {"promote", "rollback"}
+    )
 
 
 def now() -> str:

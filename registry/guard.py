@@ -6,12 +6,13 @@
 UI, the REST API and every client meet it, and so that MLflow's own authentication and permissions (Flask
 `before_request`) have been checked before.
 
-    to Production            `Promotions.promote`: refused with a sentence, or signed, and the only one in
-    Production
-    out of Production        `Promotions.withdraw`: recorded
-    candidate to Archived    `Promotions.reject`: recorded
+    to Production            refused with a sentence, or signed, and the only one in Production
+    out of Production        recorded
+    candidate to Archived    a rejection, recorded; also where the box to archive others takes it out of Staging
     Staging with a share     `Promotions.canary`, `end_canary`: `tidegate_canary` in the body; no stage moves
-    anything else            MLflow's business
+    anything else            done, under the same lock
+
+The header `X-Tidegate-Approval` of the answer holds the `seq` of the decision in the history, where it is one.
 
 Environment: TIDEGATE_WORKSPACE, TIDEGATE_KEYS (default `keys` in the workspace), TIDEGATE_APPROVALS_URL
     (default `approvals.db` there), TIDEGATE_OPEN_MODELS (a JSON list of names: models of streams that never
@@ -33,21 +34,29 @@ from urllib.parse import unquote
 import structlog
 from flask import Flask, Response, g, jsonify, request
 from mlflow.entities.model_registry import ModelVersionTag
+from mlflow.entities.model_registry.model_version_stages import get_canonical_stage
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, PERMISSION_DENIED, RESOURCE_DOES_NOT_EXIST
+from mlflow.protos.databricks_pb2 import (
+    INTERNAL_ERROR,
+    INVALID_PARAMETER_VALUE,
+    PERMISSION_DENIED,
+    RESOURCE_DOES_NOT_EXIST,
+)
 from mlflow.protos.model_registry_pb2 import TransitionModelVersionStage
 from mlflow.server import app as mlflow_app
 from mlflow.server import handlers
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from ingest.child import die_with_parent
 from privacy.errors import PrivacyError
 from privacy.signing import KeyFile, SigningKey, TrustedKeys
 from registry import page
-from registry.approvals import Approvals, Verifier
+from registry.approvals import Approval, Approvals, Verifier
 from registry.canary import parse
 from registry.errors import PromotionRefused, RegistryError, UnknownVersion
-from registry.promotion import ADAPTER_FOLDER, Promotions, Trust, pick
-from registry.states import ARCHIVED, NO_STAGE, PRODUCTION, STAGING, ModelVersion, State
+from registry.fingerprints import Fingerprints
+from registry.promotion import ADAPTER_FOLDER, Promotions, Trust
+from registry.states import ModelVersion
 
 log = structlog.get_logger()
 
@@ -82,7 +91,7 @@ class InProcess:
         _store().set_model_version_tag(model, str(version), tag)
 
     def fetch_adapter(self, model: str, version: int, dest: Path) -> Path:
-        """Copy the adapter's files into `dest`, the way MLflow's own download handler finds them."""
+        """Where the adapter's files lie, or a copy in `dest`, found the way MLflow's own download handler does."""
         root = _store().get_model_version_download_uri(model, str(version))
         try:
             if handlers._is_servable_proxied_run_artifact_root(root):  # noqa: SLF001
@@ -92,7 +101,8 @@ class InProcess:
             else:
                 repository = handlers._get_artifact_repository_for_uri(root)  # noqa: SLF001
                 path = ADAPTER_FOLDER
-            return Path(repository.download_artifacts(path, str(dest)))
+            local = isinstance(repository, LocalArtifactRepository)
+            return Path(repository.download_artifacts(path, None if local else str(dest)))
         except (MlflowException, OSError) as error:
             raise RegistryError(f"{root}/{ADAPTER_FOLDER}: {error}") from error
 
@@ -114,12 +124,14 @@ def create_app(app: Flask = mlflow_app) -> Any:
     approvals = Approvals(os.environ.get("TIDEGATE_APPROVALS_URL") or f"sqlite:///{workspace / 'approvals.db'}", signer)
     # Keys are read at each decision: the first verdict may be signed after this server started.
     open_models = json.loads(os.environ.get("TIDEGATE_OPEN_MODELS") or "[]")
+    hashed = Fingerprints()
 
     def promotions() -> Promotions:
-        return Promotions(InProcess(), approvals, Trust.from_dir(keys, open_models))
+        return Promotions(InProcess(), approvals, Trust.from_dir(keys, open_models), hashed)
 
     guard(app, promotions, approvals)
     _pages(app, promotions, TrustedKeys.from_dir(keys, "approvals"))
+    _settle(promotions, approvals)
     if os.environ.get("TIDEGATE_MLFLOW_AUTH") == "basic":
         from mlflow.server.auth import create_app as with_authentication
 
@@ -152,6 +164,15 @@ def guard(app: Flask, promotions: Callable[[], Promotions], approvals: Approvals
 
     app.add_url_rule(f"{prefix}/tidegate/health", "tidegate_health", handlers.catch_mlflow_exception(health))
     app.add_url_rule(f"{prefix}/tidegate/approvals", "tidegate_approvals", _translated(history))
+
+
+def _settle(promotions: Callable[[], Promotions], approvals: Approvals) -> None:
+    """Mend what a crash left, and make emergencies lasting: MLflow is back. Else each decision begins with the same."""
+    for model in approvals.models():
+        try:
+            promotions().reconcile(model)
+        except (RegistryError, PrivacyError, MlflowException) as error:
+            log.warning("not settled", model=model, why=str(error))
 
 
 def _pages(app: Flask, promotions: Callable[[], Promotions], keys: Verifier) -> None:
@@ -192,50 +213,49 @@ def _guarded(mlflow_view: View, promotions: Callable[[], Promotions]) -> View:
     def transition(*args: Any, **kwargs: Any) -> Any:
         # Parsed by MLflow's own parser, so that the guard judges exactly what MLflow would do.
         message = handlers._get_request_message(TransitionModelVersionStage())  # noqa: SLF001
+        if not (message.name and message.version and message.stage):
+            return mlflow_view(*args, **kwargs)  # it names what is missing
         body = request.get_json(force=True, silent=True)
         body = body if isinstance(body, dict) else {}
-        decided = _decide(promotions(), message, body, who=_who(), why=_why(body))
-        if not decided:
-            return mlflow_view(*args, **kwargs)
+        approval = _decide(promotions(), message, body, who=_who(), why=_why(body))
         entity = _store().get_model_version(message.name, message.version)
-        return handlers._wrap_response(  # noqa: SLF001
+        response = handlers._wrap_response(  # noqa: SLF001
             TransitionModelVersionStage.Response(model_version=entity.to_proto())
         )
+        if approval:
+            response.headers["X-Tidegate-Approval"] = str(approval["seq"])
+        return response
 
     return transition
 
 
-def _decide(promotions: Promotions, message: Any, body: dict[str, Any], *, who: str, why: str) -> bool:
-    """Carry out what is the guard's to decide; False when the transition is MLflow's business."""
-    model, stage = str(message.name), str(message.stage).capitalize()
-    if not model or not str(message.version).isdecimal():
-        return False  # MLflow names the missing or malformed field
-    number = int(message.version)
+def _decide(promotions: Promotions, message: Any, body: dict[str, Any], *, who: str, why: str) -> Approval | None:
+    number = _number(message.version)
     if "tidegate_canary" in body:
-        _decide_canary(promotions, model, number, body["tidegate_canary"], who=who, why=why)
-        return True
-    if stage == PRODUCTION:
-        promotions.promote(model, number, who=who, why=why)
-        return True
-    chosen = pick(promotions.registry.versions(model), model, number)
-    if chosen.stage == PRODUCTION:
-        promotions.withdraw(model, number, to_stage=stage, who=who, why=why)
-        return True
-    rejectable = chosen.state is State.CANDIDATE and chosen.stage != stage
-    if stage in {ARCHIVED, NO_STAGE} and rejectable and not _bookkeeping(body):
-        promotions.reject(model, number, to_stage=stage, who=who, why=why)
-        return True
-    running = promotions.approvals.standing(model).canary
-    if running and running["version"] == number and stage != STAGING:
-        promotions.end_canary(model, number, who=who, why=why or f"it left {STAGING}")
-    return False
+        return _decide_canary(promotions, message.name, number, body["tidegate_canary"], who=who, why=why)
+    return promotions.transition(
+        message.name,
+        number,
+        get_canonical_stage(message.stage),
+        who=who,
+        why=why,
+        archive_existing=message.archive_existing_versions,
+        told=str(body.get("tidegate_state") or ""),
+    )
 
 
-def _decide_canary(promotions: Promotions, model: str, version: int, told: Any, *, who: str, why: str) -> None:
+def _number(version: str) -> int:
+    """The number of a version, spelt in digits: SQLite takes ` 7` and `+7` for 7 too, so that they must not go on."""
+    if not (version.isascii() and version.isdecimal()):
+        raise MlflowException(f"version={version!r}: must be a whole number", INVALID_PARAMETER_VALUE)
+    return int(version)
+
+
+def _decide_canary(promotions: Promotions, model: str, version: int, told: Any, *, who: str, why: str) -> Approval:
     """A share of the requests for a candidate, or the end of it: `share` 0, with the `seq` of what it is to end."""
     if isinstance(told, dict) and told.get("share") == 0:
         seq = told.get("seq")
-        promotions.end_canary(
+        return promotions.end_canary(
             model,
             version,
             who=who,
@@ -243,8 +263,7 @@ def _decide_canary(promotions: Promotions, model: str, version: int, told: Any, 
             seq=seq if isinstance(seq, int) else None,
             automatic=told.get("automatic") is True,
         )
-    else:
-        promotions.canary(model, version, parse(told), who=who, why=why)
+    return promotions.canary(model, version, parse(told), who=who, why=why)
 
 
 def _translated(view: View) -> View:
@@ -294,11 +313,6 @@ def _who() -> str:
 
 def _why(body: dict[str, Any]) -> str:
     return unquote(request.headers.get("X-Tidegate-Why", "")).strip() or str(body.get("comment") or "").strip()
-
-
-def _bookkeeping(body: dict[str, Any]) -> bool:
-    """Whether the cycle tidies up (superseded, stale) rather than a person saying no."""
-    return body.get("tidegate_state") in {State.SUPERSEDED, State.STALE}
 
 
 def _version(entity: Any) -> ModelVersion:

@@ -24,8 +24,8 @@ from learner.adapter import BOTTLENECK_FILE, CONFIG_FILE, WEIGHTS_FILE, adapter_
 from registry.approvals import Approval, Approvals
 from registry.canary import Terms
 from registry.errors import PromotionRefused, RegistryError, RegistryUnavailable, UnknownVersion
-from registry.promotion import ADAPTER_FOLDER, STEPPED_BACK, Promotions, Trust, pick
-from registry.states import ARCHIVED, PRODUCTION, STAGING, ModelVersion
+from registry.promotion import ADAPTER_FOLDER, STEPPED_BACK, Promotions, Trust
+from registry.states import ARCHIVED, PRODUCTION, STAGING, ModelVersion, State
 
 # A registry that does not answer within this is down: serving goes on with what it has, a command says so.
 CONNECT_TIMEOUT_S = 2.0
@@ -149,8 +149,12 @@ class MlflowStore:
         self.move(model, version, STAGING)
 
     def archive(self, model: str, version: int, *, state: str) -> None:
-        """Put a version away as failed, undecided, stale or superseded. A person's no is `reject`."""
-        self.set_tag(model, version, "tidegate.state", state)
+        """Put a version away as failed, undecided, stale or superseded. A person's no is `reject`.
+
+        With the guard, one that was approved meanwhile stays where it is.
+        """
+        if not self.guarded():
+            self.set_tag(model, version, "tidegate.state", state)
         self._transition(model, version, ARCHIVED, {"tidegate_state": state})
 
     def promote(
@@ -175,8 +179,8 @@ class MlflowStore:
         """
         if not self.guarded():
             return self._desk(approvals, trust).promote(model, version, who=who, why=why)
-        self._transition(model, version, PRODUCTION, {"archive_existing_versions": True}, who=who, why=why)
-        return self._newest_approval(model)
+        options = {"archive_existing_versions": True}
+        return self._approval(model, self._transition(model, version, PRODUCTION, options, who=who, why=why))
 
     def reject(
         self,
@@ -188,21 +192,16 @@ class MlflowStore:
         approvals: Approvals | None = None,
         trust: Trust | None = None,
     ) -> Approval:
-        """Say no to a waiting candidate, for good.
+        """Say no to a waiting candidate, for good. The same no again answers the row it has.
 
         Raises:
             PromotionRefused: it is no waiting candidate.
             UnknownVersion, RegistryUnavailable, RegistryError.
         """
-        chosen = pick(self.versions(model), model, version)
-        if chosen.state != "candidate":
-            raise PromotionRefused(
-                f"{model} version {version} is {chosen.state or 'of no known state'}: only a candidate can be rejected"
-            )
         if not self.guarded():
             return self._desk(approvals, trust).reject(model, version, to_stage=ARCHIVED, who=who, why=why)
-        self._transition(model, version, ARCHIVED, {}, who=who, why=why)
-        return self._newest_approval(model)
+        told = {"tidegate_state": State.REJECTED}
+        return self._approval(model, self._transition(model, version, ARCHIVED, told, who=who, why=why))
 
     def canary(
         self,
@@ -223,8 +222,8 @@ class MlflowStore:
         """
         if not self.guarded():
             return self._desk(approvals, trust).canary(model, version, terms, who=who, why=why)
-        self._transition(model, version, STAGING, {"tidegate_canary": terms.as_json()}, who=who, why=why)
-        return self._newest_approval(model)
+        told = {"tidegate_canary": terms.as_json()}
+        return self._approval(model, self._transition(model, version, STAGING, told, who=who, why=why))
 
     def end_canary(
         self,
@@ -244,8 +243,8 @@ class MlflowStore:
         """
         if not self.guarded():
             return self._desk(approvals, trust).end_canary(model, version, who=who, why=why)
-        self._transition(model, version, STAGING, {"tidegate_canary": {"share": 0}}, who=who, why=why)
-        return self._newest_approval(model)
+        told = {"tidegate_canary": {"share": 0}}
+        return self._approval(model, self._transition(model, version, STAGING, told, who=who, why=why))
 
     def step_back(self, model: str, version: int, seq: int, *, why: str, who: str) -> None:
         """Tell that serving ended the canary of decision `seq` by itself.
@@ -336,21 +335,26 @@ class MlflowStore:
             )
         return Promotions(self, approvals, trust)
 
-    def _newest_approval(self, model: str) -> Approval:
+    def _approval(self, model: str, seq: int) -> Approval:
+        """The decision a transition was answered with: not the newest, which may be somebody else's."""
         rows = self._call("GET", "/tidegate/approvals", params={"model": model})["approvals"]
-        return dict(rows[-1])
+        return next(dict(row) for row in rows if row["seq"] == seq)
 
     def _transition(
         self, model: str, version: int, stage: str, more: Mapping[str, Any], *, who: str = "", why: str = ""
-    ) -> None:
+    ) -> int:
+        """The `seq` of the decision it was; 0 for none, and where no guard runs."""
         headers = {"X-Tidegate-User": quote(who), "X-Tidegate-Why": quote(why)}
-        self._call(
+        response = self._send(
             "POST",
             f"{_API}/model-versions/transition-stage",
             json={"name": model, "version": str(version), "stage": stage, **more},
             headers={name: value for name, value in headers.items() if value},
             timeout=(CONNECT_TIMEOUT_S, TRANSITION_TIMEOUT_S),
         )
+        if response.status_code != requests.codes.ok:
+            raise _error(response, self._uri)
+        return int(response.headers.get("X-Tidegate-Approval", 0))
 
     def _download(self, model: str, version: int, path: str, dest: Path) -> None:
         query = {"name": model, "version": str(version), "path": path}

@@ -14,9 +14,12 @@ Order of a promotion, all of it under one lock (`Approvals.deciding`):
     4. move the stage, archive the old one   one transaction of MLflow's
     5. tidy up: states of all it touches     shown to people, trusted by nobody
 The approval comes before the move on purpose. A crash between 2 and 4 leaves a decision that was not carried
-out: the old version stays in Production with its own approval, and the next decision begins with `settle`,
-which adds a row saying that the move never happened. The other order would leave a version in Production that
-nobody signed for.
+out: the old version stays in Production with its own approval, and the next decision, or the next start of the
+guard, begins with `settle`, which adds a row saying that the move never happened. The other order would leave a
+version in Production that nobody signed for. A rejection is final once it is signed: `settle` carries it out.
+
+Every change of a stage goes this way (`transition`), also those that decide nothing: what looked like a candidate
+when its transition was asked for may be live when it is carried out.
 
 A canary is a decision of its own: the same checks, the same signature, but no move. The version stays in Staging with
 the row in its tag `tidegate.canary`, and serving gives it a share of the requests until a later decision ends it.
@@ -25,14 +28,13 @@ the row in its tag `tidegate.canary`, and serving gives it a share of the reques
 import json
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
 
-from learner.adapter import adapter_sha256
 from learner.errors import AdapterError
 from privacy.errors import PrivacyError
 from privacy.policy import NONE, WITHOUT_PRIVACY
@@ -42,6 +44,7 @@ from registry.approvals import CANARY, Approval, Approvals, Standing, Verifier
 from registry.approvals import standing as standing_of
 from registry.canary import Terms
 from registry.errors import PromotionRefused, RegistryError, UnknownVersion
+from registry.fingerprints import Fingerprints
 from registry.states import PRODUCTION, STAGING, Change, ModelVersion, State
 
 log = structlog.get_logger()
@@ -49,6 +52,8 @@ log = structlog.get_logger()
 # The folder inside a version's artifacts that holds the adapter's two files.
 ADAPTER_FOLDER = "adapter"
 SYSTEM = "tidegate"
+# States that tidying up gives to versions nobody decided on.
+PUT_AWAY = frozenset({State.FAILED, State.UNDECIDED, State.SUPERSEDED, State.STALE})
 # The tag of a version whose weights were removed: JSON with at, who, why. It only explains: what decides is the store.
 PRUNED = "pruned"
 # The tag in which a server that found nobody to sign says that it stepped back: JSON with seq and why.
@@ -68,7 +73,7 @@ class Registry(Protocol):
         """Set a tag of a version."""
 
     def fetch_adapter(self, model: str, version: int, dest: Path) -> Path:
-        """Copy the version's adapter files into a folder."""
+        """The version's adapter files: where they lie if that is a folder here, else copied into `dest`."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +106,69 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class _Seen:
+    """One model under the lock: its decisions, oldest first, its versions, and what the decisions add up to."""
+
+    history: list[Approval]
+    versions: list[ModelVersion]
+    standing: Standing
+
+
+@dataclass(frozen=True)
 class Promotions:
     """Promotion, rejection and withdrawal in one registry, written to one history."""
 
     registry: Registry
     approvals: Approvals
     trust: Trust
+    fingerprints: Fingerprints = field(default_factory=Fingerprints)
+
+    def transition(
+        self,
+        model: str,
+        version: int,
+        stage: str,
+        *,
+        who: str,
+        why: str,
+        archive_existing: bool = False,
+        told: str = "",
+    ) -> Approval | None:
+        """Whatever a change of stage means, decided and carried out under one lock; None where it decides nothing.
+
+        Args:
+            model: registered model.
+            version: its number.
+            stage: in MLflow's spelling.
+            who: whoever asks for it.
+            why: their reason, kept and signed where something is decided.
+            archive_existing: the box on MLflow's page. Production holds one version whatever it says; candidates it
+                takes out of Staging are rejected.
+            told: the state the version is to have, from a client that knows: `rejected`, or one of `PUT_AWAY`.
+
+        Raises:
+            PromotionRefused, RegistryError: as `promote` and `reject`.
+        """
+        if stage == PRODUCTION:
+            return self.promote(model, version, who=who, why=why)
+        with self.approvals.deciding():
+            seen = self._settle(model)
+            chosen = pick(seen.versions, model, version)
+            if told in PUT_AWAY:
+                self._put_away(model, chosen, seen, stage=stage, state=State(told))
+                return None
+            if chosen.stage == PRODUCTION and told != State.REJECTED:
+                return self._withdraw(model, chosen, seen, to_stage=stage, who=who, why=why)
+            waits = chosen.state is State.CANDIDATE and chosen.stage != stage
+            if told == State.REJECTED or (waits and stage in {states.ARCHIVED, states.NO_STAGE}):
+                return self._reject(model, chosen, seen, to_stage=stage, who=who, why=why)
+            if archive_existing and stage == states.STAGING:
+                for other in states.waiting(seen.versions):
+                    if other.stage == stage and other.version != version:
+                        self._reject(model, other, seen, to_stage=states.ARCHIVED, who=who, why=why)
+            self._end_left(model, chosen, seen, stage=stage, who=who, why=why)
+            self.registry.move(model, version, stage, archive_existing=archive_existing)
+            return None
 
     def promote(self, model: str, version: int, *, who: str, why: str) -> Approval:
         """Put a version into Production, alone: a candidate, or by rollback one that was live before.
@@ -119,74 +181,29 @@ class Promotions:
             RegistryError: MLflow or the history failed; either nothing has changed or `settle` will say so.
         """
         try:
-            return self._promote(model, version, who=who, why=why)
+            with self.approvals.deciding():
+                return self._promote(model, version, self._settle(model), who=who, why=why)
         except PromotionRefused as refusal:
             self.approvals.note_refusal(model=model, version=version, who=who, why=why, sentence=str(refusal))
             raise
 
-    def _promote(self, model: str, version: int, *, who: str, why: str) -> Approval:
-        with self.approvals.deciding():
-            self._settle(model)
-            versions = self.registry.versions(model)
-            chosen = pick(versions, model, version)
-            standing = self.approvals.standing(model)
-            if _is_live(chosen, standing):
-                return standing.live or {}
-            decision = self._decide(model, chosen, standing)
-            approval = self.approvals.append(
-                model=model,
-                version=version,
-                adapter_sha256=decision.adapter_sha256,
-                from_stage=chosen.stage,
-                to_stage=PRODUCTION,
-                who=who,
-                why=why,
-                kind=decision.kind,
-                guarantee=decision.guarantee,
-            )
-            try:
-                self.registry.set_tag(model, version, "tidegate.approval", json.dumps(approval))
-                self.registry.move(model, version, PRODUCTION, archive_existing=True)
-            except Exception:
-                self._settle(model)
-                if pick(self.registry.versions(model), model, version).stage != PRODUCTION:
-                    raise
-            self._tidy(model, versions, states.promote(versions, version))
-            log.info("version approved", model=model, version=version, kind=decision.kind, seq=approval["seq"])
-            return approval
-
     def withdraw(self, model: str, version: int, *, to_stage: str, who: str, why: str) -> Approval:
         """Take the live version out of Production, none in its place: the bare base answers."""
         with self.approvals.deciding():
-            self._settle(model)
-            versions = self.registry.versions(model)
-            chosen = pick(versions, model, version)
-            approval = self._record(model, chosen, to_stage=to_stage, who=who, why=why, kind="rollback")
-            try:
-                self.registry.move(model, version, to_stage)
-            except Exception:
-                self._settle(model)
-                raise
-            self._tidy(model, versions, states.withdraw(versions, version), keep_stage_of=version)
-            return approval
+            seen = self._settle(model)
+            chosen = pick(seen.versions, model, version)
+            return self._withdraw(model, chosen, seen, to_stage=to_stage, who=who, why=why)
 
     def reject(self, model: str, version: int, *, to_stage: str, who: str, why: str) -> Approval:
-        """Say no to a waiting candidate.
+        """Say no to a waiting candidate. The same no again (a lost response, retried) answers the row it has.
 
         Raises:
             PromotionRefused: it is none.
         """
         with self.approvals.deciding():
-            versions = self.registry.versions(model)
-            chosen = pick(versions, model, version)
-            try:
-                changes = states.reject(versions, version)
-            except ValueError as error:
-                raise PromotionRefused(f"{model} {error}; nothing was changed") from None
-            approval = self._record(model, chosen, to_stage=to_stage, who=who, why=why, kind="reject")
-            self.registry.move(model, version, to_stage)
-            self._tidy(model, versions, changes, keep_stage_of=version)
-            return approval
+            seen = self._settle(model)
+            chosen = pick(seen.versions, model, version)
+            return self._reject(model, chosen, seen, to_stage=to_stage, who=who, why=why)
 
     def canary(self, model: str, version: int, terms: Terms, *, who: str, why: str) -> Approval:
         """Let a waiting candidate answer a share of requests beside what is live; asked again, change the share.
@@ -202,21 +219,20 @@ class Promotions:
 
     def _canary(self, model: str, version: int, terms: Terms, *, who: str, why: str) -> Approval:
         with self.approvals.deciding():
-            self._settle(model)
-            chosen = pick(self.registry.versions(model), model, version)
-            standing = self.approvals.standing(model)
-            if chosen.stage != STAGING or version in standing.approved:
+            seen = self._settle(model)
+            chosen = pick(seen.versions, model, version)
+            if chosen.stage != STAGING or version in seen.standing.approved:
                 raise PromotionRefused(
                     f"{model} version {version} stands in {chosen.stage}: a canary is a candidate that waits in "
                     f"{STAGING}; to a version that was live before one rolls back"
                 )
-            other = standing.canary["version"] if standing.canary else version
+            other = seen.standing.canary["version"] if seen.standing.canary else version
             if other != version:
                 raise PromotionRefused(
                     f"{model} version {version}: version {other} is the canary now, and one runs at a time; end it "
                     f"by a share of 0, or reject it"
                 )
-            decision = self._decide(model, chosen, standing)
+            decision = self._decide(model, chosen, seen)
             sha, told = decision.adapter_sha256, terms.as_json()
             return self._sign_canary(chosen, sha, decision.guarantee, told, model=model, who=who, why=why)
 
@@ -237,13 +253,19 @@ class Promotions:
             PromotionRefused: it is no canary, or that of another decision.
         """
         with self.approvals.deciding():
-            running = self.approvals.standing(model).canary
+            seen = self._settle(model)
+            running = seen.standing.canary
             if running is None or running["version"] != version or seq not in {None, running["seq"]}:
                 raise PromotionRefused(f"{model} version {version}: is no canary (any more); nothing was changed")
-            chosen = pick(self.registry.versions(model), model, version)
-            told = {"share": 0, **({"automatic": True} if automatic else {})}
-            sha, guarantee = str(running["adapter_sha256"]), str(running.get("guarantee", ""))
-            return self._sign_canary(chosen, sha, guarantee, told, model=model, who=who, why=why)
+            chosen = pick(seen.versions, model, version)
+            return self._sign_canary_end(chosen, running, model=model, who=who, why=why, automatic=automatic)
+
+    def _sign_canary_end(
+        self, chosen: ModelVersion, running: Approval, *, model: str, who: str, why: str, automatic: bool = False
+    ) -> Approval:
+        told = {"share": 0, **({"automatic": True} if automatic else {})}
+        sha, guarantee = str(running["adapter_sha256"]), str(running.get("guarantee", ""))
+        return self._sign_canary(chosen, sha, guarantee, told, model=model, who=who, why=why)
 
     def _sign_canary(
         self,
@@ -273,11 +295,100 @@ class Promotions:
         return approval
 
     def settle(self, model: str) -> None:
-        """Add the row a crash left out: a promotion that never reached MLflow, an unrecorded withdrawal."""
+        """Add the row a crash left out, and carry out what it left undone."""
         with self.approvals.deciding():
             self._settle(model)
 
-    def _record(self, model: str, chosen: ModelVersion, *, to_stage: str, who: str, why: str, kind: str) -> Approval:
+    def reconcile(self, model: str) -> None:
+        """Settle, and make an emergency lasting that was decided while MLflow was away, if all it needs still holds."""
+        with self.approvals.deciding():
+            seen = self._settle(model)
+            live = seen.standing.live
+            if live is None or live["kind"] != "emergency":
+                return
+            why = f"emergency approval {live['seq']} by {live['who']} made lasting: {live['why']}"
+            try:
+                self._promote(model, int(live["version"]), seen, who=SYSTEM, why=why)
+            except (PromotionRefused, UnknownVersion) as refusal:
+                log.warning("emergency not made lasting", model=model, version=live["version"], why=str(refusal))
+
+    def _promote(self, model: str, version: int, seen: _Seen, *, who: str, why: str) -> Approval:
+        chosen = pick(seen.versions, model, version)
+        if seen.standing.live and _is_live(chosen, seen.standing):
+            return seen.standing.live
+        decision = self._decide(model, chosen, seen)
+        approval = self.approvals.append(
+            model=model,
+            version=version,
+            adapter_sha256=decision.adapter_sha256,
+            from_stage=chosen.stage,
+            to_stage=PRODUCTION,
+            who=who,
+            why=why,
+            kind=decision.kind,
+            guarantee=decision.guarantee,
+        )
+        try:
+            self.registry.set_tag(model, version, "tidegate.approval", json.dumps(approval))
+            self.registry.move(model, version, PRODUCTION, archive_existing=True)
+        except Exception:
+            if pick(self._settle(model).versions, model, version).stage != PRODUCTION:
+                raise
+        self._tidy(model, seen.versions, states.promote(seen.versions, version))
+        log.info("version approved", model=model, version=version, kind=decision.kind, seq=approval["seq"])
+        return approval
+
+    def _withdraw(
+        self, model: str, chosen: ModelVersion, seen: _Seen, *, to_stage: str, who: str, why: str
+    ) -> Approval:
+        approval = self._record(model, chosen, seen, to_stage=to_stage, who=who, why=why, kind="rollback")
+        try:
+            self.registry.move(model, chosen.version, to_stage)
+        except Exception:
+            if pick(self._settle(model).versions, model, chosen.version).stage == PRODUCTION:
+                raise
+        changes = states.withdraw(seen.versions, chosen.version)
+        self._tidy(model, seen.versions, changes, keep_stage_of=chosen.version)
+        return approval
+
+    def _reject(self, model: str, chosen: ModelVersion, seen: _Seen, *, to_stage: str, who: str, why: str) -> Approval:
+        for row in reversed(seen.history):
+            if _is_rejection(row, chosen.version) and (row["who"], row["why"]) == (who, why):
+                return row
+        if chosen.stage == PRODUCTION:
+            raise PromotionRefused(
+                f"{model} version {chosen.version} is in Production: only a candidate can be rejected; "
+                f"nothing was changed"
+            )
+        try:
+            changes = states.reject(seen.versions, chosen.version)
+        except ValueError as error:
+            raise PromotionRefused(f"{model} {error}; nothing was changed") from None
+        approval = self._record(model, chosen, seen, to_stage=to_stage, who=who, why=why, kind="reject")
+        self.registry.move(model, chosen.version, to_stage)
+        self._tidy(model, seen.versions, changes, keep_stage_of=chosen.version)
+        return approval
+
+    def _put_away(self, model: str, chosen: ModelVersion, seen: _Seen, *, stage: str, state: State) -> None:
+        """Tidying up, by whoever registers versions. It is no decision: what was approved meanwhile stays as it is."""
+        if chosen.stage == PRODUCTION or chosen.version in seen.standing.approved:
+            log.info("not put away: it was approved", model=model, version=chosen.version, state=str(state))
+            return
+        self._end_left(model, chosen, seen, stage=stage, who=SYSTEM, why="")
+        self.registry.set_tag(model, chosen.version, "tidegate.state", state)
+        self.registry.move(model, chosen.version, stage)
+
+    def _end_left(self, model: str, chosen: ModelVersion, seen: _Seen, *, stage: str, who: str, why: str) -> None:
+        """A canary that leaves Staging is over, and the history says so."""
+        running = seen.standing.canary
+        if running and running["version"] == chosen.version and stage != STAGING:
+            self._sign_canary_end(chosen, running, model=model, who=who, why=why or f"it left {STAGING}")
+
+    def _record(
+        self, model: str, chosen: ModelVersion, seen: _Seen, *, to_stage: str, who: str, why: str, kind: str
+    ) -> Approval:
+        earlier = seen.standing.approved.get(chosen.version, {})
+        same = earlier.get("adapter_sha256") == chosen.adapter_sha256
         return self.approvals.append(
             model=model,
             version=chosen.version,
@@ -287,93 +398,77 @@ class Promotions:
             who=who,
             why=why,
             kind=kind,
-            guarantee=self.approvals.guarantee_of(model, chosen.version, chosen.adapter_sha256),
+            guarantee=str(earlier.get("guarantee", "")) if same else "",
         )
 
-    def _settle_canary(self, model: str, newest: Approval) -> None:
-        """Show the newest canary where serving looks, and sign what a server told that found nobody to sign."""
-        found = next((v for v in self.registry.versions(model) if v.version == newest["version"]), None)
+    def _settle_canary(self, model: str, newest: Approval, seen: _Seen) -> bool:
+        """Show the newest canary where serving looks, and sign what a server told that found nobody to sign.
+
+        Returns:
+            whether that changed anything.
+        """
+        found = next((v for v in seen.versions if v.version == newest["version"]), None)
         if found is None:
-            return
-        if _document(found.tag(CANARY)) != newest:
+            return False
+        if hidden := _document(found.tag(CANARY)) != newest:
             self.registry.set_tag(model, found.version, f"tidegate.{CANARY}", json.dumps(newest))
         stepped_back = _document(found.tag(STEPPED_BACK))
-        if newest["canary"]["share"] and stepped_back.get("seq") == newest["seq"]:
-            why = str(stepped_back.get("why", ""))[:1000]
-            sha, guarantee = str(newest["adapter_sha256"]), str(newest.get("guarantee", ""))
-            told = {"share": 0, "automatic": True}
-            self._sign_canary(found, sha, guarantee, told, model=model, who=SYSTEM, why=why)
+        if not newest["canary"]["share"] or stepped_back.get("seq") != newest["seq"]:
+            return hidden
+        why = str(stepped_back.get("why", ""))[:1000]
+        self._sign_canary_end(found, newest, model=model, who=SYSTEM, why=why, automatic=True)
+        return True
 
-    def _settle(self, model: str) -> None:
+    def _look(self, model: str) -> _Seen:
         history = self.approvals.history(model)
-        canary = standing_of(history).canary or (history[-1] if history and history[-1]["kind"] == CANARY else None)
-        if canary is not None:
-            self._settle_canary(model, canary)
-            history = self.approvals.history(model)
-        live = standing_of(history).live
-        if live is not None and live["kind"] == "emergency":
-            return  # taken while MLflow was away: it answers though no stage says so, until a decision makes it lasting
-        last = live or (history[-1] if history and history[-1]["from"] == PRODUCTION else None)
-        if last is None:
-            return
-        found = next((v for v in self.registry.versions(model) if v.version == last["version"]), None)
-        stage = found.stage if found else states.ARCHIVED
-        # The state tag is written after the move: without it the move never happened.
-        shown_live = found is not None and found.state is State.LIVE
-        if live is not None and stage != PRODUCTION:
-            kind, why = (
-                ("rollback", "found outside Production: moved past the guard")
-                if shown_live or found is None
-                else ("reject", "approved, but MLflow never moved it")
-            )
-            self._append(last, from_stage=PRODUCTION, to_stage=stage, who=SYSTEM, why=why, kind=kind)
-        elif live is None and last["kind"] == "rollback" and stage == PRODUCTION and shown_live:
-            why = "withdrawn, but MLflow never moved it"
-            self._append(last, from_stage=last["to"], to_stage=PRODUCTION, who=SYSTEM, why=why, kind="rollback")
+        return _Seen(history, self.registry.versions(model), standing_of(history))
 
-    def _append(self, last: Approval, *, from_stage: str, to_stage: str, who: str, why: str, kind: str) -> None:
-        self.approvals.append(
-            model=last["model"],
-            version=last["version"],
-            adapter_sha256=last["adapter_sha256"],
-            from_stage=from_stage,
-            to_stage=to_stage,
-            who=who,
-            why=why,
-            kind=kind,
-            guarantee=str(last.get("guarantee", "")),
-        )
-        log.warning("history settled", model=last["model"], version=last["version"], why=why)
+    def _settle(self, model: str) -> _Seen:
+        """What there is, with history and MLflow in agreement: what a crash or a move past the guard left is mended."""
+        seen = self._look(model)
+        canary = seen.standing.canary or next((row for row in seen.history[-1:] if row["kind"] == CANARY), None)
+        if canary is not None and self._settle_canary(model, canary, seen):
+            seen = self._look(model)
+        while missing := _left_out(seen):  # a row for each fault: with each, what is live is another
+            self.approvals.append(model=model, **missing)
+            log.warning("history settled", model=model, version=missing["version"], why=missing["why"])
+            seen = self._look(model)
+        if changes := _left_undone(seen):
+            self._tidy(model, seen.versions, changes)
+            log.warning("registry settled", model=model, states={c.version: str(c.state) for c in changes})
+            seen = self._look(model)
+        return seen
 
     def objection(self, model: str, version: int) -> str:
         """Why a version would be refused now, by its documents; empty when they hold. Changes nothing.
 
         The stored adapter is not read: that is for the decision itself.
         """
-        chosen = pick(self.registry.versions(model), model, version)
+        seen = self._look(model)
+        chosen = pick(seen.versions, model, version)
         try:
-            self._proven(model, chosen, self.approvals.standing(model))
+            self._proven(model, chosen, seen)
         except PromotionRefused as refusal:
             return str(refusal)
         if chosen.tag(PRUNED):
             return f"{model} version {version}: its weights were pruned ({_pruned(chosen)})"
         return ""
 
-    def _decide(self, model: str, chosen: ModelVersion, standing: Standing) -> Decision:
+    def _decide(self, model: str, chosen: ModelVersion, seen: _Seen) -> Decision:
         """Check everything a version must prove; says no with the first thing that does not hold."""
-        decision = self._proven(model, chosen, standing)
+        decision = self._proven(model, chosen, seen)
         self._intact(f"{model} version {chosen.version}", model, chosen, decision.adapter_sha256)
         return decision
 
-    def _proven(self, model: str, chosen: ModelVersion, standing: Standing) -> Decision:
+    def _proven(self, model: str, chosen: ModelVersion, seen: _Seen) -> Decision:
         """The same by its documents alone."""
         name = f"{model} version {chosen.version}"
-        earlier = standing.approved.get(chosen.version)
+        earlier = seen.standing.approved.get(chosen.version)
         if earlier is not None:
             sha, kind = str(earlier["adapter_sha256"]), "rollback"
         else:
-            _refuse_state(name, chosen, self.approvals.history(model))
-            sha, kind = _passed(name, chosen, standing, self.trust.verdicts), "promote"
+            _refuse_state(name, chosen, seen.history)
+            sha, kind = _passed(name, chosen, seen.standing, self.trust.verdicts), "promote"
         guarantee = _receipted(name, chosen, sha, self.trust.receipts, open_stream=model in self.trust.open_models)
         return Decision(kind, sha, guarantee)
 
@@ -385,7 +480,7 @@ class Promotions:
             )
         with tempfile.TemporaryDirectory() as folder:
             try:
-                stored = adapter_sha256(self.registry.fetch_adapter(model, chosen.version, Path(folder)))
+                stored = self.fingerprints.sha256(self.registry.fetch_adapter(model, chosen.version, Path(folder)))
             except (AdapterError, RegistryError) as error:
                 if chosen.tag(PRUNED):
                     raise PromotionRefused(
@@ -465,13 +560,68 @@ def proven(model: str, version: ModelVersion, trust: Trust) -> str:
     return sha
 
 
+def _left_out(seen: _Seen) -> dict[str, Any] | None:
+    """The row that is missing from the history: of a move that never happened, or that nobody wrote down.
+
+    Emergencies are left out of account: they are decided while MLflow is away, and no stage says so until a decision
+    makes them lasting.
+    """
+    carried = [row for row in seen.history if row["kind"] != "emergency"]
+    live = standing_of(carried).live
+    moves = [row for row in carried if PRODUCTION in (row["from"], row["to"])]
+    last = live or (moves[-1] if moves else None)
+    if last is None:
+        return None
+    found = next((v for v in seen.versions if v.version == last["version"]), None)
+    stage = found.stage if found else states.ARCHIVED
+    # The state is written after the move, and before the next decision: without it the move never happened.
+    shown_live = found is not None and found.state is State.LIVE
+    row = {
+        "version": last["version"],
+        "adapter_sha256": last["adapter_sha256"],
+        "who": SYSTEM,
+        "guarantee": str(last.get("guarantee", "")),
+    }
+    if live is not None and stage != PRODUCTION:
+        row |= {"from_stage": PRODUCTION, "to_stage": stage}
+        if shown_live or found is None:
+            return {**row, "kind": "rollback", "why": "found outside Production: moved past the guard"}
+        return {**row, "kind": "reject", "why": "approved, but MLflow never moved it"}
+    if live is None and last["kind"] == "rollback" and stage == PRODUCTION and shown_live:
+        why = "withdrawn, but MLflow never moved it"
+        return {**row, "from_stage": last["to"], "to_stage": PRODUCTION, "kind": "rollback", "why": why}
+    return None
+
+
+def _left_undone(seen: _Seen) -> tuple[Change, ...]:
+    """What a decision that is in the history has not brought about in MLflow."""
+    live = standing_of([row for row in seen.history if row["kind"] != "emergency"]).live
+    known = {v.version: v for v in seen.versions}
+    changes: tuple[Change, ...] = ()
+    if live is not None and known[live["version"]].state is not State.LIVE:  # it is in Production: see `_left_out`
+        changes = states.promote(seen.versions, live["version"])
+    elif left := [v.version for v in seen.versions if v.state is State.LIVE and v.stage != PRODUCTION]:
+        changes = tuple(Change(version, State.RETIRED) for version in left)
+        changes += states.stale(seen.versions, live["adapter_sha256"] if live else "")
+    rejected = {row["version"] for row in seen.history if _is_rejection(row, row["version"])}
+    waits = {v.version for v in seen.versions if v.state in {State.CANDIDATE, State.STALE}}
+    return changes + tuple(Change(version, State.REJECTED) for version in sorted(rejected & waits))
+
+
+def _is_rejection(row: Approval, version: int) -> bool:
+    return bool(row["version"] == version and row["kind"] == "reject" and row["from"] != PRODUCTION)
+
+
 def _is_live(chosen: ModelVersion, standing: Standing) -> bool:
-    return chosen.stage == PRODUCTION and bool(standing.live) and (standing.live or {})["version"] == chosen.version
+    live = standing.live
+    if live is None or live["kind"] == "emergency":
+        return False  # an emergency is made lasting by deciding the same again
+    return bool(chosen.stage == PRODUCTION and live["version"] == chosen.version)
 
 
 def _refuse_state(name: str, chosen: ModelVersion, history: Iterable[Approval]) -> None:
     for row in history:
-        if row["version"] == chosen.version and row["kind"] == "reject" and row["from"] != PRODUCTION:
+        if _is_rejection(row, chosen.version):
             raise PromotionRefused(
                 f"{name} was rejected by {row['who']} at {row['when']} ({row['why'] or 'no reason given'}); "
                 f"a rejection is final: promote a version of a later round"

@@ -59,6 +59,16 @@ def test_no_spelling_or_path_goes_round_the_guard(guarded, path, stage):
     assert guarded.stages(model) == {version: "None"}
 
 
+@pytest.mark.parametrize("spelt", [" {}", "+{}", "{}.0", "{}e0", "0x{}", "{} "])
+def test_no_spelling_of_the_number_goes_round_the_guard(guarded, spelt):
+    model = f"spelt-{spelt}".replace("{}", "n").replace("+", "plus")
+    version, _ = guarded.candidate(model, outcome="failed")
+    answer = transition(guarded, model, spelt.format(version))
+    assert answer.status_code == 400
+    assert "must be a whole number" in answer.json()["message"]
+    assert guarded.stages(model) == {version: "None"}
+
+
 def test_a_double_encoded_body_does_not_go_round_the_guard(guarded):
     version, _ = guarded.candidate("encoded", outcome="failed")
     body = json.dumps(json.dumps({"name": "encoded", "version": str(version), "stage": "Production"}))

@@ -9,7 +9,7 @@ import pytest
 
 from privacy.signing import SigningKey, TrustedKeys
 from registry.approvals import Approvals
-from registry.errors import RegistryError
+from registry.errors import PromotionRefused, RegistryError
 from registry.promotion import Promotions, Trust
 from registry.states import ModelVersion
 from tests.registry.conftest import World, write_adapter
@@ -178,6 +178,125 @@ def test_an_emergency_stands_until_a_decision_makes_it_lasting(desk):
     lasting = desk.promote("desk", 1, who="oncall", why="made lasting")
     assert (lasting["kind"], lasting["from"]) == ("rollback", "Archived")
     assert stages(desk) == {1: "Production", 2: "Archived"}
+
+
+def test_what_was_decided_after_a_crash_does_not_hide_it(desk, tmp_path):
+    # A third version, rejected while a promotion of the second hangs between the history and MLflow.
+    desk.registry.rows[3] = replace(desk.registry.rows[2], version=3)
+    desk.registry.fault = at("before move to Production", Killed())
+    with pytest.raises(Killed):
+        desk.promote("desk", 2, who="ada", why="second")
+    desk.registry.fault = lambda _step: None
+    desk.reject("desk", 3, to_stage="Archived", who="bob", why="no")
+    assert [(r["version"], r["kind"], r["from"]) for r in desk.approvals.history("desk")[1:]] == [
+        (2, "promote", "Staging"),
+        (2, "reject", "Production"),
+        (3, "reject", "Staging"),
+    ]
+    assert desk.approvals.standing("desk").live["version"] == 1
+
+
+def test_histories_that_were_settled_late_are_read_right(desk):
+    # As written before a rejection settled first: the row that takes back does not follow what it takes back.
+    desk.registry.fault = at("before move to Production", Killed())
+    with pytest.raises(Killed):
+        desk.promote("desk", 2, who="ada", why="second")
+    lost = desk.approvals.latest("desk")
+    rest = {"model": "desk", "adapter_sha256": lost["adapter_sha256"], "who": "x", "why": ""}
+    desk.approvals.append(version=3, from_stage="Staging", to_stage="Archived", kind="reject", **rest)
+    desk.approvals.append(version=2, from_stage="Production", to_stage="Staging", kind="reject", **rest)
+    assert desk.approvals.standing("desk").live["version"] == 1
+
+
+@pytest.mark.parametrize("step", ["before move to Archived", "after move to Archived", "before tidegate.state"])
+def test_a_rejection_that_was_signed_is_carried_out_and_is_there_once(desk, step):
+    desk.registry.fault = at(step, Killed())
+    with pytest.raises(Killed):
+        desk.reject("desk", 2, to_stage="Archived", who="ada", why="rude")
+    desk.registry.fault = lambda _step: None
+    again = desk.reject("desk", 2, to_stage="Archived", who="ada", why="rude")
+    assert again == desk.approvals.latest("desk")
+    assert len(desk.approvals.history("desk")) == 2
+    assert (stages(desk)[2], desk.registry.rows[2].tag("state")) == ("Archived", "rejected")
+    with pytest.raises(PromotionRefused, match="is rejected: only a candidate"):
+        desk.reject("desk", 2, to_stage="Archived", who="bob", why="rude")
+
+
+@pytest.mark.parametrize("step", ["after move to Production", "before tidegate.state"])
+def test_a_withdrawal_after_a_crash_is_known_for_what_it_was(desk, step):
+    desk.registry.fault = at(step, Killed())
+    with pytest.raises(Killed):
+        desk.promote("desk", 2, who="ada", why="second")
+    desk.registry.fault = at("before move to Archived", Killed())
+    with pytest.raises(Killed):
+        desk.withdraw("desk", 2, to_stage="Archived", who="ada", why="off")
+    desk.registry.fault = lambda _step: None
+    desk.settle("desk")
+    assert desk.approvals.latest("desk")["why"] == "withdrawn, but MLflow never moved it"
+    assert desk.approvals.standing("desk").live["version"] == 2
+    assert (stages(desk), desk.registry.rows[1].tag("state")) == ({1: "Archived", 2: "Production"}, "retired")
+
+
+def test_tidying_up_takes_nothing_away_that_was_approved_meanwhile(desk):
+    assert desk.transition("desk", 1, "Archived", who="learn", why="", told="superseded") is None
+    assert stages(desk) == {1: "Production", 2: "Staging"}
+    assert desk.registry.rows[1].tag("state") == "live"
+    with pytest.raises(PromotionRefused, match="is in Production: only a candidate can be rejected"):
+        desk.transition("desk", 1, "Archived", who="ada", why="no", told="rejected")
+
+
+def test_the_box_to_archive_others_rejects_the_candidates_it_takes_out_of_staging(desk):
+    desk.registry.rows[3] = replace(desk.registry.rows[2], version=3, stage="None")
+    desk.transition("desk", 3, "Staging", who="ada", why="three is better", archive_existing=True)
+    assert stages(desk) == {1: "Production", 2: "Archived", 3: "Staging"}
+    row = desk.approvals.latest("desk")
+    assert (row["version"], row["kind"], row["who"], row["why"]) == (2, "reject", "ada", "three is better")
+
+
+def emergency(desk, version, why="MLflow is down and two talks nonsense"):
+    sha = next(r["adapter_sha256"] for r in desk.approvals.history("desk") if r["version"] == version)
+    rest = {"from_stage": "unknown", "to_stage": "Production", "who": "oncall", "kind": "emergency", "why": why}
+    return desk.approvals.append(model="desk", version=version, adapter_sha256=sha, **rest)
+
+
+def test_when_mlflow_is_back_an_emergency_is_made_lasting(desk):
+    desk.promote("desk", 2, who="ada", why="second")
+    taken = emergency(desk, 1)
+    desk.reconcile("desk")
+    row = desk.approvals.latest("desk")
+    assert (row["version"], row["kind"], row["who"], row["from"]) == (1, "rollback", "tidegate", "Archived")
+    assert row["why"] == f"emergency approval {taken['seq']} by oncall made lasting: {taken['why']}"
+    assert stages(desk) == {1: "Production", 2: "Archived"}
+    desk.reconcile("desk")
+    assert desk.approvals.latest("desk") == row
+
+
+def test_an_emergency_that_can_no_longer_be_proven_is_left_to_people(desk):
+    desk.promote("desk", 2, who="ada", why="second")
+    taken = emergency(desk, 1)
+    desk.registry.set_tag("desk", 1, "tidegate.receipt", "{}")
+    desk.reconcile("desk")
+    assert desk.approvals.latest("desk") == taken
+    assert stages(desk) == {1: "Archived", 2: "Production"}
+
+
+def test_an_emergency_after_a_promotion_that_never_happened_leaves_both_explained(desk):
+    desk.registry.fault = at("before move to Production", Killed())
+    with pytest.raises(Killed):
+        desk.promote("desk", 2, who="ada", why="second")
+    desk.registry.fault = lambda _step: None
+    emergency(desk, 1)
+    assert desk.approvals.standing("desk").live["kind"] == "emergency"
+    desk.reconcile("desk")
+    kinds = [(r["version"], r["kind"], r["to"]) for r in desk.approvals.history("desk")[1:]]
+    assert kinds == [
+        (2, "promote", "Production"),
+        (1, "emergency", "Production"),
+        (2, "reject", "Staging"),
+        (1, "rollback", "Production"),
+    ]
+    assert json.loads(desk.registry.rows[1].tag("approval")) == desk.approvals.latest("desk")
+    assert desk.promote("desk", 2, who="ada", why="again")["kind"] == "promote"
 
 
 def test_only_keys_named_for_verdicts_sign_verdicts(tmp_path):
