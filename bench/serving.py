@@ -1,24 +1,31 @@
-"""Serving on the tiny and the 135M base: throughput in a batch, and what a swap costs those who ask meanwhile.
+"""Serving, by engine and base: throughput in a batch, and what a swap costs those who ask meanwhile.
 
-`make bench-serving` prints a table and writes bench/results/serving.json. Throughput is in CPU time, interleaved,
-medians with their spread; latencies are wall time of whole answers over HTTP, on whatever else the machine does.
-One thread, because a waiting OpenMP thread burns CPU time that no answer asked for.
+`make bench-serving` prints a table and adds to bench/results/serving.json; for a part of it: `bench/serving.py
+--base tiny --part swaps`. Throughput is in CPU time of one thread, interleaved, medians with their spread: a waiting
+OpenMP thread burns CPU time that no answer asked for. Latencies are wall time over HTTP from a process of its own, at
+70% of the rate at which the server saturates, by a plan of Poisson arrivals. Windows with a swap and without take turns;
+the two of a pair have the same arrivals and questions. Each version is new to the server: it is fetched, checked,
+loaded and probed.
 """
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import json
 import os
+import random
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # Python puts this folder first, where this very file would stand in for the package `serving`.
@@ -29,19 +36,25 @@ import structlog  # noqa: E402
 import torch  # noqa: E402
 
 from learner.base import EMBEDDED, Base, load_model, load_tokenizer, prepare_base  # noqa: E402
+from learner.plan import LoraSettings  # noqa: E402
 from learner.prompt import Renderer  # noqa: E402
 from privacy.signing import SigningKey  # noqa: E402
+from serving.engine import Engine, Piece, Sampling  # noqa: E402
 from serving.inprocess import InProcessEngine  # noqa: E402
 from serving.server import running  # noqa: E402
 from serving.swap import HotSwap  # noqa: E402
-from tests.serving.adapters import random_adapter  # noqa: E402
+from tests.serving.adapters import ALL_TARGETS, random_adapter  # noqa: E402
 from tests.serving.registry import MODEL, Registry, trusted  # noqa: E402
 from tests.tiny import tiny_base  # noqa: E402
 
-BATCH = 8
-TOKENS = 12
-CLIENTS = 4
-POLL_S = 0.1
+DRIVER = ROOT / "bench" / "drivers" / "openloop.py"
+RESULTS = ROOT / "bench" / "results" / "serving.json"
+BATCH = 16
+# Long enough that writing counts, not only reading the question.
+TOKENS = 32
+SHARE_OF_SATURATION = 0.7
+SWAPS = 20
+THREADS = min(2, os.cpu_count() or 1)  # as `service.threads`
 PROMPTS = (
     "where is my new card",
     "i was charged twice for the same order, can you check what happened and refund one",
@@ -57,30 +70,50 @@ LABELS = ("card_arrival", "charged_twice", "freeze", "exchange_rate", "transfer_
 
 @dataclass(frozen=True)
 class Size:
-    """How long to measure one base."""
+    """How much to ask of one base.
+
+    Attributes:
+        repeats: of each way to compute a batch.
+        saturating_s: how long clients ask without a pause.
+        requests: at 70% of saturation, half of them in windows with a swap.
+        answer_tokens: most of an answer there; a label has so many.
+        window_s_min: a window holds a whole swap.
+    """
 
     repeats: int
-    windows: int
-    window_s: float
+    saturating_s: float
+    requests: int
+    answer_tokens: int
+    window_s_min: float = 2.0
 
 
-SIZES = {"tiny": Size(5, 3, 4.0), "135M": Size(3, 3, 9.0)}
+SIZES = {"tiny": Size(5, 8.0, 2000, 6), "135M": Size(3, 24.0, 2000, 6)}
 
 
-def cpu_s(work: Callable[[], object]) -> float:
-    begin = time.process_time()
-    work()
-    return time.process_time() - begin
+# Engines. Each gives an engine on a base for as long as a `with` lasts; `folder` is for whatever it keeps.
 
 
-def throughput(base: Base, adapter: Path, size: Size) -> dict[str, list[float]]:
-    """CPU seconds for BATCH greedy answers of at most TOKENS tokens, three ways, and for scoring labels."""
+@contextmanager
+def in_process(base: Base, folder: Path, threads: int) -> Iterator[Engine]:  # noqa: ARG001 - others keep things there
+    with InProcessEngine(base, threads=threads, batch_max=BATCH) as engine:
+        yield engine
+
+
+ENGINES = {"inprocess": in_process}
+
+
+# Throughput of a batch
+
+
+def throughput(base: Base, adapter: Path, size: Size) -> dict[str, Any]:
+    """CPU time for BATCH greedy answers of at most TOKENS tokens, three ways, and for scoring labels."""
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(load_model(base), str(adapter)).eval()
     tokenizer = load_tokenizer(base)
     renderer = Renderer(tokenizer)
-    rows = [renderer.prompt_ids(prompt) for prompt in PROMPTS]
+    prompts = [*PROMPTS, *(f"please, {prompt}" for prompt in PROMPTS)][:BATCH]
+    rows = [renderer.prompt_ids(prompt) for prompt in prompts]
     width = max(map(len, rows))
     pad = tokenizer.pad_token_id or 0
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
@@ -96,167 +129,271 @@ def throughput(base: Base, adapter: Path, size: Size) -> dict[str, list[float]]:
             pad_token_id=pad,
         )
 
+    torch.set_num_threads(1)
     spent: dict[str, list[float]] = {}
     with InProcessEngine(base, threads=1, batch_max=BATCH) as engine:
         engine.load("a", adapter)
         ways: dict[str, Callable[[], object]] = {
-            "single": lambda: [engine.generate("a", [prompt], TOKENS) for prompt in PROMPTS],
-            "batch": lambda: engine.generate("a", PROMPTS, TOKENS),
+            "single": lambda: [engine.generate("a", [prompt], TOKENS) for prompt in prompts],
+            "batch": lambda: engine.generate("a", prompts, TOKENS),
             "generate_loop": generate_loop,
             "score_one": lambda: engine.score_labels("a", [f"{p} {time.monotonic_ns()}" for p in PROMPTS], LABELS),
             "score_two": lambda: engine.ask(["a", None], PROMPTS, LABELS),
         }
         engine.score_labels("a", PROMPTS, LABELS)
-        for repeat in range(-1, size.repeats):
+        for way in ("batch", "generate_loop"):
+            ways[way]()  # warms up
+        for _ in range(size.repeats):
             for name, way in ways.items():
-                took = cpu_s(way)
-                if repeat >= 0:  # the first round warms up
-                    spent.setdefault(name, []).append(took)
-    return spent
+                spent.setdefault(name, []).append(cpu_s(way))
+    median = {way: statistics.median(times) for way, times in spent.items()}
+    return {
+        "batch_over_generate_loop": median["generate_loop"] / median["batch"],
+        "batch_over_single": median["single"] / median["batch"],
+        "answers_per_cpu_s": BATCH / median["batch"],
+        "score_ms_per_prompt": 1000 * median["score_one"] / len(PROMPTS),
+        "score_two_over_one": median["score_two"] / median["score_one"],
+        "cpu_s": {way: {"median": median[way], "min": min(t), "max": max(t)} for way, t in spent.items()},
+    }
 
 
-@dataclass
-class Load:
-    """Clients that ask without a pause, and what they saw."""
-
-    url: str
-    expected: dict[str, str]
-    seconds: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
-    first_seen: dict[str, float] = field(default_factory=dict)
-    failed: int = 0
-    mixed: int = 0
-    swapping: bool = False
-    ended: bool = False
-
-    def ask(self) -> None:
-        body = {
-            "model": MODEL,
-            "messages": [{"role": "user", "content": PROMPTS[0]}],
-            "max_tokens": TOKENS,
-            "temperature": 0,
-        }
-        with httpx.Client(timeout=120) as client:
-            while not self.ended:
-                swapping, begin = self.swapping, time.monotonic()
-                reply = client.post(f"{self.url}/v1/chat/completions", json=body)
-                if reply.status_code != 200:
-                    self.failed += 1
-                    continue
-                self.seconds[swapping].append(time.monotonic() - begin)
-                version = reply.headers["x-tidegate-version"]
-                self.first_seen.setdefault(version, time.monotonic())
-                answer = reply.json()
-                said = answer["choices"][0]["message"]["content"]
-                self.mixed += answer["tidegate"]["version"] != version or said != self.expected[version]
+def cpu_s(work: Callable[[], object]) -> float:
+    begin = time.process_time()
+    work()
+    return time.process_time() - begin
 
 
-def swaps(base: Base, adapters: dict[int, Path], size: Size, folder: Path) -> dict[str, float]:
+# Swaps under load
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of the plan; `click_s` is when a new version gets into Production, None in a window without a swap."""
+
+    begin_s: float
+    end_s: float
+    click_s: float | None
+
+
+def bodies(size: Size) -> list[dict[str, Any]]:
+    plain = {"model": MODEL, "max_tokens": size.answer_tokens, "temperature": 0}
+    return [{**plain, "messages": [{"role": "user", "content": prompt}]} for prompt in PROMPTS]
+
+
+@contextmanager
+def driven(plan: dict[str, Any], folder: Path) -> Iterator[list[dict[str, Any]]]:
+    """Answers to a plan of the driver's; the list is filled when the block is over."""
+    rows: list[dict[str, Any]] = []
+    asked, answers = folder / "plan.json", folder / "answers.jsonl"
+    asked.write_text(json.dumps(plan))
+    driver = subprocess.Popen([sys.executable, str(DRIVER), str(asked), str(answers)])
+    try:
+        yield rows
+        if driver.wait() != 0:
+            raise RuntimeError(f"{DRIVER.name}: exit code {driver.returncode}, must be 0")
+    finally:
+        driver.kill()
+    rows += [json.loads(line) for line in answers.read_text().splitlines()]
+
+
+def saturation(url: str, size: Size, folder: Path) -> float:
+    """Answers a second when more ask than a batch holds."""
+    begin = time.monotonic() + 2
+    plan = {"url": url, "bodies": bodies(size), "clients": 2 * BATCH, "until_s": begin + size.saturating_s}
+    with driven(plan, folder) as rows:
+        pass
+    counted = [row for row in rows if begin <= row["done_s"] <= begin + size.saturating_s]
+    if any(row["status"] != httpx.codes.OK for row in rows):
+        raise RuntimeError("saturation: an answer failed; raise queue_max")
+    return len(counted) / size.saturating_s
+
+
+def planned(rate: float, size: Size) -> tuple[list[tuple[float, int]], list[Window]]:
+    """Poisson arrivals in pairs of windows: without a swap and with one, in random order, with the same arrivals."""
+    chance = random.Random(20)  # noqa: S311 - nobody is kept from guessing arrivals
+    window_s = max(size.window_s_min, size.requests / rate / (2 * SWAPS))
+    begin_s = time.monotonic() + 3  # the driver starts meanwhile
+    due: list[tuple[float, int]] = []
+    windows = []
+    for _ in range(SWAPS):
+        arrivals, at = [], chance.expovariate(rate)
+        while at < window_s:
+            arrivals.append((at, chance.randrange(len(PROMPTS))))
+            at += chance.expovariate(rate)
+        for swapping in chance.sample([True, False], 2):
+            windows.append(Window(begin_s, begin_s + window_s, begin_s + window_s / 5 if swapping else None))
+            due += [(begin_s + at, number) for at, number in arrivals]
+            begin_s += window_s
+    return due, windows
+
+
+def swaps(name: str, base: Base, adapters: dict[int, Path], size: Size, threads: int, folder: Path) -> dict[str, Any]:
     """Answers over HTTP while versions change, and while they do not, in turns."""
     registry = Registry(SigningKey.load_or_create(folder / "approvals.pem"), dict(adapters))
     source = {"wanted": registry.wanted, "fetch": registry.fetch, "acknowledge": registry.acknowledge}
     with ExitStack() as open_parts:
-        engine = open_parts.enter_context(InProcessEngine(base, threads=1, batch_max=BATCH))
-        cache = folder / "cache"
-        swap = HotSwap(MODEL, engine, cache=cache, trusted=trusted(registry.signer), poll_seconds=POLL_S, **source)
-        expected = {}
-        load_s = []
-        for version, adapter in adapters.items():
-            begin = time.monotonic()
-            engine.load("check", adapter)
-            engine.probe("check")
-            load_s.append(time.monotonic() - begin)
-            expected[f"{MODEL}@{version}"] = engine.generate("check", PROMPTS[:1], TOKENS)[0]
-        engine.unload("check")
+        engine = open_parts.enter_context(ENGINES[name](base, folder / name, threads))
+        swap = HotSwap(MODEL, engine, cache=folder / "cache", trusted=trusted(registry.signer), **source)
         registry.promote(1)
         url = open_parts.enter_context(running([swap], answer_key=os.urandom(32)))
-        while swap.current is None:
+        while not (swap.current and swap.current.version == 1):
             time.sleep(0.01)
-        load = Load(url, expected)
-        clients = [threading.Thread(target=load.ask) for _ in range(CLIENTS)]
-        for client in clients:
-            client.start()
-        clicks, version = [], 1
-        for window in range(2 * size.windows):
-            load.swapping = window % 2 == 1
-            end = time.monotonic() + size.window_s
-            while load.swapping and time.monotonic() < end:
-                version = version % len(adapters) + 1
-                clicks.append(click_to_answer_s(load, registry, version))
-            time.sleep(max(0.0, end - time.monotonic()))
-        load.ended = True
-        for client in clients:
-            client.join()
-    p99 = {swapping: percentile(seconds, 99) for swapping, seconds in load.seconds.items()}
-    return {
-        "answers": sum(map(len, load.seconds.values())),
-        "swaps": len(clicks),
-        "failed": load.failed,
-        "mixed": load.mixed,
-        "p99_quiet_s": p99[False],
-        "p99_swapping_s": p99[True],
-        "p99_ratio": p99[True] / p99[False],
-        "click_to_answer_s": statistics.median(clicks),
+        rate = SHARE_OF_SATURATION * (most := saturation(url, size, folder))
+        due, windows = planned(rate, size)
+        load_s = []
+        with driven({"url": url, "bodies": bodies(size), "due_s": due}, folder) as rows:
+            version = 1
+            for window in windows:
+                if window.click_s is not None:
+                    time.sleep(max(0.0, window.click_s - time.monotonic()))
+                    version += 1
+                    registry.promote(version)
+                    while swap.current.version != version:
+                        time.sleep(0.002)
+                    load_s.append(swap.state()["swap_s"])
+        if swap.alarms:
+            raise RuntimeError(f"swaps: alarms {swap.alarms}, must be none")
+        said = expected(engine, adapters, size)
+    return judged(rows, windows, said) | {
         "load_s": statistics.median(load_s),
+        "load_s_max": max(load_s),
+        "saturation_per_s": most,
+        "asked_per_s": rate,
     }
 
 
-def click_to_answer_s(load: Load, registry: Registry, version: int) -> float:
-    """From the stage Production to the first answer of that version."""
-    name = f"{MODEL}@{version}"
-    load.first_seen.pop(name, None)
-    begin = time.monotonic()
-    registry.promote(version)
-    while name not in load.first_seen:
-        time.sleep(0.002)
-    return load.first_seen[name] - begin
+def expected(engine: Engine, adapters: dict[int, Path], size: Size) -> dict[tuple[str, int], str]:
+    """What each version says to each question, asked when nothing else is."""
+
+    async def say(adapter: str, prompt: str) -> str:
+        ids = engine.render([{"role": "user", "content": prompt}])
+        answer = await engine.submit(adapter, ids, Sampling(size.answer_tokens))
+        return "".join([event.text async for event in answer if isinstance(event, Piece)])
+
+    async def all_of(adapter: str) -> list[str]:
+        return await asyncio.gather(*(say(adapter, prompt) for prompt in PROMPTS))
+
+    said = {}
+    for version, folder in adapters.items():
+        engine.load(f"expected@{version}", folder)
+        answers = asyncio.run(all_of(f"expected@{version}"))
+        engine.unload(f"expected@{version}")
+        said |= {(f"{MODEL}@{version}", number): text for number, text in enumerate(answers)}
+    if len({said[f"{MODEL}@{version}", 0] for version in adapters}) < len(adapters):
+        raise RuntimeError("adapters: two say the same, all must differ; a mixed answer would not be seen")
+    return said
+
+
+def judged(
+    rows: list[dict[str, Any]], windows: list[Window], said: dict[tuple[str, int], str]
+) -> dict[str, float | int | list[float]]:
+    """Figures of the answers."""
+    good = [row for row in rows if row["status"] == httpx.codes.OK]
+    took: list[tuple[list[float], list[float]]] = [([], []) for _ in range(SWAPS)]
+    for row in good:
+        at = next(number for number, window in enumerate(windows) if row["due_s"] < window.end_s)
+        took[at // 2][windows[at].click_s is not None].append(row["done_s"] - row["due_s"])
+    clicks = [window.click_s for window in windows if window.click_s is not None]
+    first = {row["version"]: row["done_s"] for row in sorted(good, key=lambda row: -row["done_s"])}
+    click_to_answer = [first[f"{MODEL}@{number}"] - click for number, click in enumerate(clicks, start=2)]
+    quiet, swapping = ([s for pair in took for s in pair[kind]] for kind in (0, 1))
+    chance = random.Random(1)  # noqa: S311 - as above
+    drawn = [p99_ratio(chance.choices(took, k=len(took))) for _ in range(300)]
+    return {
+        "requests": len(rows),
+        "swaps": len(clicks),
+        "failed": len(rows) - len(good),
+        "mixed": sum(said.get((row["version"], row["body"])) != row["said"] for row in good),
+        "p99_ratio": p99_ratio(took),
+        "p99_ratio_se": statistics.stdev(drawn),
+        "p50_quiet_s": percentile(quiet, 50),
+        "p50_swapping_s": percentile(swapping, 50),
+        "p99_quiet_s": percentile(quiet, 99),
+        "p99_swapping_s": percentile(swapping, 99),
+        "click_to_answer_s": statistics.median(click_to_answer),
+        "click_to_answer_s_max": max(click_to_answer),
+    }
+
+
+def p99_ratio(took: list[tuple[list[float], list[float]]]) -> float:
+    quiet, swapping = ([s for pair in took for s in pair[kind]] for kind in (0, 1))
+    return percentile(swapping, 99) / percentile(quiet, 99)
 
 
 def percentile(values: list[float], share: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[share - 1]
 
 
-def measure(name: str, base: Base, folder: Path) -> dict[str, object]:
-    adapters = {}
-    for version in range(1, 5):
-        adapters[version] = folder / name / str(version)
-        depth = json.loads((base.path / "config.json").read_text())["num_hidden_layers"]
-        layers = tuple(range(max(0, depth - 6), depth))
-        random_adapter(base, adapters[version], version, layers=layers)
-    spent = throughput(base, adapters[1], SIZES[name])
-    median = {way: statistics.median(times) for way, times in spent.items()}
-    figures: dict[str, object] = {
-        "batch_over_single": median["single"] / median["batch"],
-        "batch_over_generate_loop": median["generate_loop"] / median["batch"],
-        "answers_per_cpu_s": BATCH / median["batch"],
-        "score_ms_per_prompt": 1000 * median["score_one"] / len(PROMPTS),
-        "score_two_over_one": median["score_two"] / median["score_one"],
-        "cpu_s": {way: {"median": median[way], "min": min(t), "max": max(t)} for way, t in spent.items()},
-    }
-    return figures | swaps(base, adapters, SIZES[name], folder / name)
+# All of it
+
+
+def versions(base: Base, folder: Path) -> dict[int, Path]:
+    """As many adapters as there are swaps and one more, in the shape of a round's."""
+    depth = json.loads((base.path / "config.json").read_text())["num_hidden_layers"]
+    layers = tuple(range(max(0, depth - 6), depth))
+    shape = LoraSettings(r=16, alpha=16.0)
+    made = {version: folder / str(version) for version in range(1, SWAPS + 2)}
+    for version, path in made.items():
+        random_adapter(base, path, version, layers=layers, targets=ALL_TARGETS, shape=shape, scale=0.15)
+    return made
+
+
+def measure(engine: str, name: str, base: Base, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The figures of one engine on one base."""
+    adapters = versions(base, folder / name)
+    size = SIZES[name]
+    if options.requests:
+        size = replace(size, requests=options.requests)
+    figures: dict[str, Any] = {}
+    parts = options.part or ["throughput", "swaps"]
+    if "throughput" in parts and engine == "inprocess":
+        figures |= throughput(base, adapters[1], size)
+    if "swaps" in parts:
+        figures |= swaps(engine, base, adapters, size, options.threads, folder / name)
+    return figures
+
+
+def show(results: dict[str, dict[str, Any]]) -> None:
+    """A line a figure, a column an engine and base."""
+    columns = list(results)
+    print(f"{'':26}" + "".join(f"{column:>18}" for column in columns))
+    for key in dict.fromkeys(key for column in columns for key in results[column]):
+        if key != "cpu_s":
+            cells = [results[column].get(key) for column in columns]
+            print(f"{key:26}" + "".join(f"{'':>18}" if cell is None else f"{cell:18.3f}" for cell in cells))
+    for column in columns:
+        for way, t in results[column].get("cpu_s", {}).items():
+            print(f"{column} {way}: {t['median']:.3f} CPU s ({t['min']:.3f} to {t['max']:.3f})")
 
 
 def main() -> None:
+    """Measure what is asked for, add it to what is known, print all."""
+    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    asked.add_argument("--engine", choices=ENGINES, action="append", help="default: all")
+    asked.add_argument("--base", choices=SIZES, action="append", help="default: all")
+    asked.add_argument("--part", choices=("throughput", "swaps"), action="append", help="default: all")
+    asked.add_argument("--requests", type=int, help="at 70%% of saturation; default: 2000, which the figures are for")
+    asked.add_argument("--threads", type=int, default=THREADS, help="of the in-process engine")
+    options = asked.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))
-    torch.set_num_threads(1)
-    results = {}
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     folder = Path(tempfile.mkdtemp(prefix="bench-serving-"))
+    bases = {
+        "tiny": lambda: tiny_base(folder / "tiny-base"),
+        "135M": lambda: prepare_base(EMBEDDED, Path(os.environ.get("TIDEGATE_BASES", ROOT / "workspace" / "bases"))),
+    }
     try:
-        bases = Path(os.environ.get("TIDEGATE_BASES", folder / "bases"))
-        results["tiny"] = measure("tiny", tiny_base(folder / "tiny-base"), folder)
-        results["135M"] = measure("135M", prepare_base(EMBEDDED, bases), folder)
+        for name in options.base or SIZES:
+            for engine in options.engine or ENGINES:
+                found = measure(engine, name, bases[name](), options, folder / engine)
+                column = f"{engine} {name}"
+                results[column] = results.get(column, {}) | found
+                RESULTS.parent.mkdir(exist_ok=True)
+                RESULTS.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
     finally:
         shutil.rmtree(folder)
-    print(f"{'':28}" + "".join(f"{name:>12}" for name in results))
-    for key in next(iter(results.values())):
-        if key != "cpu_s":
-            print(f"{key:28}" + "".join(f"{result[key]:12.3f}" for result in results.values()))
-    for name, result in results.items():
-        for way, t in result["cpu_s"].items():
-            print(f"{name} {way}: {t['median']:.3f} CPU s ({t['min']:.3f} to {t['max']:.3f})")
-    out = ROOT / "bench" / "results" / "serving.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
-    print(f"written: {out.relative_to(ROOT)}")
+    show(results)
+    print(f"written: {RESULTS.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

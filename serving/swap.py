@@ -105,6 +105,7 @@ class HotSwap:
         self._current: Served | None = None
         self._followed: Approval | None = None
         self._loading = ""
+        self._swap_s = 0.0
         self._acknowledged = 0
         self._failed: tuple[Approval, Alarm, float] | None = None
         self._residents: list[Served] = []  # last used last
@@ -162,6 +163,7 @@ class HotSwap:
             "guarantee": self._followed.guarantee if self._followed and current and current.version else "",
             "approval_seq": self.followed_seq,
             "loading": self._loading,
+            "swap_s": self._swap_s,
             "resident": [served.name for served in self._residents],
             "in_flight": in_flight,
             "waiting": self.engine.waiting,
@@ -348,8 +350,8 @@ class HotSwap:
         self._followed = approval
         old = self._flip(served)
         self.counts["done"] += 1
-        seconds = round(time.monotonic() - began, 3)
-        log.info("swapped", stream=self.stream, version=served.name, was=old, seq=approval.seq, seconds=seconds)
+        self._swap_s = round(time.monotonic() - began, 3)
+        log.info("swapped", stream=self.stream, version=served.name, was=old, seq=approval.seq, seconds=self._swap_s)
 
     def _fetched(self, approval: Approval) -> Path:
         if approval.kind == "emergency":

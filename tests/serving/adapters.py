@@ -10,6 +10,8 @@ from learner.layout import weight_name
 from learner.lora import LoraModel
 from learner.plan import LoraSettings
 
+ALL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 def random_adapter(
     base: Base,

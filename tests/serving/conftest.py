@@ -7,9 +7,9 @@ from learner.base import load_model
 from learner.plan import LoraSettings
 from serving.inprocess import InProcessEngine
 from tests.learner.rounds import plain_copy
-from tests.serving.adapters import drawn, random_adapter
+from tests.serving.adapters import ALL_TARGETS, drawn, random_adapter
 
-ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL = ALL_TARGETS
 
 
 BY_PATTERN = LoraSettings(
