@@ -7,6 +7,7 @@ GET /healthz   GET /readyz   GET /metrics   GET /tidegate/state   POST /tidegate
 from __future__ import annotations
 
 import asyncio
+import hmac
 import itertools
 import os
 import time
@@ -34,6 +35,7 @@ from serving.gate import Gate, caller_of, needs
 from serving.limits import Limits
 from serving.metrics import Metrics
 from serving.problems import INVALID, error_response
+from serving.replicas import PIN_HEADER, ROUTER_HEADER, router_token
 from serving.reply import EventStream, Reply
 from serving.swap import HotSwap
 
@@ -157,6 +159,7 @@ class _Desk:
         self.metrics = Metrics(swaps)
         self.swaps = swaps
         self._answer_key = answer_key
+        self._router_token = router_token(answer_key).encode()
         self._max_tokens = max_tokens
         self._started = datetime.now(UTC)
 
@@ -211,7 +214,7 @@ class _Desk:
                 asked = wire.parse(kind, await _body(request))
                 swap = self.swap(asked.model, caller, "answer")
                 stream = swap.stream
-                served = held.enter_context(swap.lease())
+                served = held.enter_context(swap.lease(self._pin(request)))
                 version = served.name
                 prompts = await asyncio.to_thread(_prompt_ids, swap.engine, asked)
                 charge = self._charge(caller.limits, prompts, asked, stream)
@@ -240,6 +243,12 @@ class _Desk:
             status = CLIENT_GONE if body is None else 200
             self._ended(reply, route, held.pop_all(), status)
             return Response(status_code=status) if body is None else JSONResponse(body, headers=reply.headers)
+
+    def _pin(self, request: Request) -> str:
+        """The version a router names; nobody else may."""
+        pin = request.headers.get(PIN_HEADER, "")
+        shown = request.headers.get(ROUTER_HEADER, "")
+        return pin if pin and hmac.compare_digest(shown.encode(), self._router_token) else ""
 
     async def compare(self, request: Request) -> Response:
         """Live and the candidate that waits, side by side."""

@@ -1,6 +1,6 @@
 """What a stream's server keeps on disk, so that it needs nobody to start: the live approval and recent adapters.
 
-live-STREAM.json       the signed approval that is followed now; its seq is never gone below
+live-STREAM.json       the signed approval that is followed now; its seq is never gone below; one for each replica
 emergency-STREAM.json  a signed approval of kind emergency, left by `tidegate rollback --emergency`
 adapters/SHA256/       recent adapters; the name is checked against the content before each use
 """
@@ -30,12 +30,13 @@ class LocalCache:
     Args:
         folder: made when missing.
         stream: its name.
+        replica: which of several servers on this folder; they share adapters and emergencies, not what is live.
     """
 
-    def __init__(self, folder: Path, stream: str) -> None:
+    def __init__(self, folder: Path, stream: str, replica: str = "") -> None:
         self._adapters = folder / "adapters"
         self._adapters.mkdir(parents=True, exist_ok=True)
-        self._live = folder / f"live-{stream}.json"
+        self._live = folder / f"live-{stream}{replica and f'-{replica}'}.json"
         self._emergency = folder / f"emergency-{stream}.json"
 
     def live(self) -> Mapping[str, Any] | None:
@@ -44,7 +45,7 @@ class LocalCache:
         Raises:
             SwapError: the file is damaged.
         """
-        return _read(self._live)
+        return read_json(self._live)
 
     def remember(self, signed: Mapping[str, Any]) -> None:
         """Keep the signed approval that is followed from now on; durable when this returns.
@@ -52,7 +53,7 @@ class LocalCache:
         Raises:
             SwapError: the disk does not take it.
         """
-        _write(self._live, signed)
+        write_json(self._live, signed)
 
     def emergency(self) -> Mapping[str, Any] | None:
         """The signed emergency approval, if one was left.
@@ -60,7 +61,7 @@ class LocalCache:
         Raises:
             SwapError: the file is damaged.
         """
-        return _read(self._emergency)
+        return read_json(self._emergency)
 
     def end_emergency(self) -> None:
         """Remove the emergency approval: a later decision has overtaken it."""
@@ -100,8 +101,14 @@ class LocalCache:
                     "it was changed after it was approved: restore it, or approve another version"
                 )
             final = self._adapters / sha256
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one of that name
-            shutil.copytree(got, final)
+            whole = work / "whole"
+            shutil.copytree(got, whole)
+            if self.adapter(sha256) is None:  # another replica may have put it there meanwhile, and be reading it
+                shutil.rmtree(final, ignore_errors=True)  # a damaged one of that name
+                with suppress(OSError):
+                    whole.replace(final)
+            if self.adapter(sha256) is None:
+                raise SwapError(f"adapter {sha256[:12]}: what was kept is damaged; check the disk")
         except OSError as error:
             raise SwapError(f"adapter {sha256[:12]}: cannot be kept ({error}); check the disk") from error
         finally:
@@ -125,11 +132,16 @@ def write_emergency(folder: Path, stream: str, signed: Mapping[str, Any]) -> Pat
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"emergency-{stream}.json"
-    _write(file, signed)
+    write_json(file, signed)
     return file
 
 
-def _read(file: Path) -> Mapping[str, Any] | None:
+def read_json(file: Path) -> Mapping[str, Any] | None:
+    """A JSON object from disk, None when there is no file.
+
+    Raises:
+        SwapError: the file is damaged.
+    """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -141,8 +153,12 @@ def _read(file: Path) -> Mapping[str, Any] | None:
     return value
 
 
-def _write(file: Path, value: Mapping[str, Any]) -> None:
-    """Atomic and durable: whole old or whole new, also after a power cut."""
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Atomic and durable: whole old or whole new, also after a power cut.
+
+    Raises:
+        SwapError: the disk does not take it.
+    """
     new = file.with_suffix(".new")
     try:
         with new.open("w", encoding="utf-8") as out:

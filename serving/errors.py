@@ -5,11 +5,13 @@ ServingError
 │   ├── QueueFull           too many answers are waiting; carries `retry_after_s`
 │   ├── UnknownAdapter      no adapter of that name is resident
 │   ├── PromptTooLong       prompt and answer do not fit the context
-│   └── AnswerTimeout       an answer took longer than it was given
+│   ├── AnswerTimeout       an answer took longer than it was given
+│   └── EngineDown          what computes is another process, and it does not answer
 ├── SwapError               a wanted version cannot become live; the live one goes on
 │   ├── ApprovalRefused     its approval is missing, forged, for something else, or older than one already followed
 │   └── Ambiguous           the registry wants more than one version
 ├── NotReady                nothing is known yet about what to serve
+├── VersionElsewhere        a router asks for a version that is not, or no longer, kept here
 ├── AnswerIdError           an answer id is not one of ours
 ├── KeysUnreadable          the file of API keys cannot be read: nobody is let in
 ├── TooFast                 a key has used up its limits; carries `retry_after_s` and headers
@@ -57,6 +59,10 @@ class AnswerTimeout(EngineError):
     """An answer was not whole when its time was over."""
 
 
+class EngineDown(EngineError):
+    """The process that computes does not answer; another replica may."""
+
+
 class SwapError(ServingError):
     """A wanted version cannot become live; the live one goes on."""
 
@@ -71,6 +77,10 @@ class Ambiguous(SwapError):
 
 class NotReady(ServingError):
     """Nothing is known yet about what to serve."""
+
+
+class VersionElsewhere(ServingError):
+    """A router asks for a version that does not answer here, or no longer; another replica may have it."""
 
 
 class AnswerIdError(ServingError):

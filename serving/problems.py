@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 
 from serving import wire
 from serving.errors import (
+    EngineDown,
     KeysUnreadable,
     NotReady,
     PromptTooLong,
@@ -16,7 +17,9 @@ from serving.errors import (
     RequestRefused,
     TooFast,
     Unauthorised,
+    VersionElsewhere,
 )
+from serving.replicas import ELSEWHERE_HEADER
 
 INVALID = "invalid_request_error"
 
@@ -42,12 +45,16 @@ def error_response(error: Exception, *, browser: bool = False) -> JSONResponse:
         kind, code, status = INVALID, "context_length_exceeded", 400
     elif isinstance(error, QueueFull):
         kind, code, status = "rate_limit_error", "rate_limit_exceeded", 429
-        headers = {"retry-after": str(error.retry_after_s)}
+        headers = {"retry-after": str(error.retry_after_s), ELSEWHERE_HEADER: "full"}
     elif isinstance(error, TooFast):
         kind, code, status = error.kind, "rate_limit_exceeded", 429
         headers = {**error.headers, **_when(error.retry_after_s)}
     elif isinstance(error, NotReady):
-        code, status, headers = "not_ready", 503, {"retry-after": "1"}
+        code, status, headers = "not_ready", 503, {"retry-after": "1", ELSEWHERE_HEADER: "not-ready"}
+    elif isinstance(error, VersionElsewhere):
+        code, status, headers = "version_elsewhere", 409, {ELSEWHERE_HEADER: "version"}
+    elif isinstance(error, EngineDown):
+        code, status, headers = "engine_down", 503, {"retry-after": "1", ELSEWHERE_HEADER: "engine"}
     elif isinstance(error, KeysUnreadable):
         log.error("API keys cannot be read", reason=text)
         text, status = "API keys cannot be read; the server's log says why", 503

@@ -59,7 +59,7 @@ def serve(
         ServingError: the address cannot be bound, or needs keys and there are none.
     """
     app = _application(swaps, answer_key, host, max_tokens, access, routes)
-    with _bound(host, port) as listener, _following(swaps):
+    with bound(host, port) as listener, _following(swaps):
         log.info("serving", address=f"http://{host}:{listener.getsockname()[1]}", streams=[s.stream for s in swaps])
         server = uvicorn.Server(_config(app))
         with _ending(server, on_end):
@@ -87,7 +87,7 @@ def running(
         ServingError: the address cannot be bound, needs keys and there are none, or the server does not start.
     """
     app = _application(swaps, answer_key, host, max_tokens, access, routes)
-    with _bound(host, port) as listener:
+    with bound(host, port) as listener:
         server = uvicorn.Server(_config(app))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="api", daemon=True)
         for swap in swaps:
@@ -165,7 +165,7 @@ def _following(swaps: Sequence[HotSwap]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _bound(host: str, port: int) -> Iterator[socket.socket]:
+def bound(host: str, port: int) -> Iterator[socket.socket]:
     """A listening address, taken before anything slow begins."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:

@@ -24,7 +24,7 @@ from serving.alarms import Alarm, Alarms
 from serving.approval import Approval, Wanted, check_wanted, read_approval
 from serving.cache import LocalCache, write_emergency
 from serving.engine import Engine
-from serving.errors import Ambiguous, ApprovalRefused, NotReady, ServingError, SwapError
+from serving.errors import Ambiguous, ApprovalRefused, NotReady, ServingError, SwapError, VersionElsewhere
 
 if TYPE_CHECKING:
     from serving.delivery import Delivery
@@ -33,6 +33,12 @@ __all__ = ["HotSwap", "Served", "Wanted", "write_emergency"]
 
 # What failed is tried again when the registry wants something else, and anyway after this long: it may be mended there.
 RETRY_SECONDS = 30.0
+# So long a version that was live can still be asked for by name: a router does until every replica has the new one.
+PIN_SECONDS = 60.0
+# At most so many of them: stages that flap must not fill the memory.
+LEFT_MAX = 4
+# Leases taken in the last moment of that time are under way when eviction looks.
+PIN_GRACE_SECONDS = 5.0
 # Resident beside the live one: going back to them needs no loading.
 KEPT_RESIDENT = 2
 
@@ -56,6 +62,11 @@ class Served:
     adapter: str | None
     adapter_sha256: str
 
+    @property
+    def pin(self) -> str:
+        """Its name among replicas, whatever number a registry that was made anew gives to it."""
+        return f"{self.version}:{self.adapter_sha256}"
+
 
 class HotSwap:
     """Keeps one stream on the version that is wanted.
@@ -73,6 +84,7 @@ class HotSwap:
         open_stream: whether nothing was ever promised to anybody in the stream: else none without privacy answers.
         poll_seconds: pause between two questions to the registry.
         retry_seconds: pause before a version that failed is tried again.
+        replica: which of several servers behind a router: what was live there can still be asked for, for a while.
     """
 
     def __init__(
@@ -89,6 +101,7 @@ class HotSwap:
         open_stream: bool = False,
         poll_seconds: float = 0.5,
         retry_seconds: float = RETRY_SECONDS,
+        replica: str = "",
     ) -> None:
         self.stream = stream
         self.engine = engine
@@ -98,7 +111,8 @@ class HotSwap:
         self._open_stream = open_stream
         self._wanted, self._fetch, self._acknowledge = wanted, fetch, acknowledge
         self._trusted = trusted
-        self._cache = LocalCache(cache, stream)
+        self._cache = LocalCache(cache, stream, replica)
+        self._replica = replica
         self._poll_seconds, self._retry_seconds = poll_seconds, retry_seconds
         self._alarms = Alarms(stream)
         self._base = Served(stream, 0, f"{stream}@base", None, "")
@@ -109,6 +123,7 @@ class HotSwap:
         self._acknowledged = 0
         self._failed: tuple[Approval, Alarm, float] | None = None
         self._residents: list[Served] = []  # last used last
+        self._left: dict[Served, float] = {}  # what was live a moment ago, and until when it was
         self._leases: Counter[Served] = Counter()
         self._lock = threading.Lock()  # guards _current and _leases
         self._stopping = threading.Event()
@@ -122,16 +137,24 @@ class HotSwap:
         return self._current
 
     @contextmanager
-    def lease(self) -> Iterator[Served]:
+    def lease(self, pin: str = "") -> Iterator[Served]:
         """The version one request is answered with; it stays resident until the request is over.
+
+        Args:
+            pin: of `state()["held"]`: what a router still sends everybody to; none: what is live here.
 
         Raises:
             NotReady: nothing is known yet about what to serve.
+            VersionElsewhere: `pin` is neither live nor was a moment ago.
         """
         with self._lock:
             served = self._current
             if served is None:
                 raise NotReady(f"stream={self.stream}: no version is known yet; the registry must answer once")
+            if pin:
+                served = next((one for one in self._held() if one.pin == pin), None)
+            if served is None:
+                raise VersionElsewhere(f"stream={self.stream}: {pin[:80]} is not live here; ask another replica")
             self._leases[served] += 1
         try:
             yield served
@@ -156,8 +179,12 @@ class HotSwap:
         current = self._current
         with self._lock:
             in_flight = {served.name: count for served, count in self._leases.items()}
+            held = [served.pin for served in self._held()]
         return {
             "version": current.name if current else "nothing",
+            "pin": current.pin if current else "",
+            "held": held,
+            "healthy": self.engine.healthy,
             "number": current.version if current else None,
             "adapter_sha256": current.adapter_sha256 if current else "",
             "guarantee": self._followed.guarantee if self._followed and current and current.version else "",
@@ -373,6 +400,9 @@ class HotSwap:
         """The one moment at which new requests change; answers that run keep what they hold."""
         with self._lock:
             old, self._current = self._current, served
+            if old and old != served and self._replica:
+                self._left.pop(old, None)
+                self._left[old] = time.monotonic()
         return old.name if old else "nothing"
 
     def _tell(self, found: list[Alarm]) -> None:
@@ -395,12 +425,20 @@ class HotSwap:
     def _evict(self) -> None:
         """Unload what is neither live, nor among the last few, nor answering."""
         with self._lock:
-            busy = {self._current, *self._leases}
+            ago = time.monotonic() - PIN_SECONDS - PIN_GRACE_SECONDS
+            self._left = {one: at for one, at in list(self._left.items())[-LEFT_MAX:] if at > ago}
+            busy = {self._current, *self._leases, *self._left}
         for served in self._residents[: -1 - KEPT_RESIDENT]:
             if served not in busy:
                 self._residents.remove(served)
                 self.engine.unload(str(served.adapter))
                 self._cache.prune({other.adapter_sha256 for other in self._residents})
+
+    def _held(self) -> list[Served]:
+        """What a router may name: what is live, first, and what was a moment ago. Under the lock."""
+        ago = time.monotonic() - PIN_SECONDS
+        left = [served for served, at in self._left.items() if at > ago and served != self._current]
+        return [one for one in (self._current, *left[: -1 - LEFT_MAX : -1]) if one]
 
     @property
     def _staying(self) -> str:

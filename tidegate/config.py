@@ -24,6 +24,7 @@ from tidegate.webhook import check_url
 
 ENV_PREFIX = "TIDEGATE__"
 STREAM_NAME = re.compile(r"[a-z][a-z0-9-]{0,40}\Z")
+REPLICA_URL = re.compile(r"http://([a-z0-9.-]+|\[[0-9a-f:]+\]):[1-9][0-9]{0,4}\Z")
 Port = Annotated[int, Field(ge=0, le=65535)]
 Rank = Annotated[int, Field(ge=1, le=512)]
 
@@ -89,8 +90,19 @@ class ServiceSettings(_Section):
     data: DataSettings = DataSettings()
     keys: KeySettings = KeySettings()
     api: ApiSettings = ApiSettings()
+    replicas: tuple[str, ...] = ()
     learn_metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 0
     threads: Annotated[int, Field(ge=1, le=256)] = 2
+
+    @field_validator("replicas")
+    @classmethod
+    def _addresses(cls, replicas: tuple[str, ...]) -> tuple[str, ...]:
+        for url in replicas:
+            if not REPLICA_URL.match(url):
+                raise ValueError(f"{url!r}: must be http://HOST:PORT and nothing behind it")
+        if len(set(replicas)) != len(replicas):
+            raise ValueError("names a replica twice")
+        return replicas
 
 
 class IngestSettings(_Section):

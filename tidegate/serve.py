@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from registry.states import PRODUCTION
+from tidegate.route import address_of, name_of
 
 if TYPE_CHECKING:
     from registry.states import ModelVersion
@@ -60,8 +61,13 @@ def wanted_of(service: Service, stream: str, look: Look | None = None) -> Callab
     return ask
 
 
-def swaps_of(service: Service) -> list[HotSwap]:
-    """A hot swap for every stream; streams on one base share its engine."""
+def swaps_of(service: Service, replica: str = "") -> list[HotSwap]:
+    """A hot swap for every stream; streams on one base share its engine.
+
+    Args:
+        service: the workspace.
+        replica: which of several servers behind a router; then the router acknowledges, when all run a version.
+    """
     from serving.inprocess import InProcessEngine
     from serving.swap import HotSwap
 
@@ -83,7 +89,8 @@ def swaps_of(service: Service) -> list[HotSwap]:
             return service.store.fetch_adapter(model, version, dest)
 
         def acknowledge(version: int, model: str = model) -> None:
-            service.store.set_alias(model, "live", version)
+            if not replica:
+                service.store.set_alias(model, "live", version)
 
         look = Look()
         swaps.append(
@@ -98,6 +105,7 @@ def swaps_of(service: Service) -> list[HotSwap]:
                 model=model,
                 open_stream=service.is_open(stream),
                 poll_seconds=settings.serving.poll_seconds,
+                replica=replica,
             )
         )
         swaps[-1].delivery = delivery_of(service, stream, swaps[-1], look, fetch)
@@ -136,15 +144,26 @@ def access_of(service: Service) -> Access:
     return Access(service.api_keys, service.local_api_key) if service.api_keys_required else Access()
 
 
-def run_server(service: Service) -> None:
-    """Serve until SIGINT or SIGTERM; requests in flight are answered first."""
+def run_server(service: Service, replica: str | None = None) -> None:
+    """Serve until SIGINT or SIGTERM; requests in flight are answered first.
+
+    Args:
+        service: the workspace.
+        replica: the address of service.replicas to serve at.
+
+    Raises:
+        ConfigError: there are replicas, and none or another is named.
+    """
     from serving.server import serve
 
     api = service.settings.service.api
+    host, port = api.host, api.port
+    if replica or service.settings.service.replicas:
+        host, port = address_of(service, replica or "")
     serve(
-        swaps_of(service),
-        host=api.host,
-        port=api.port,
+        swaps_of(service, name_of(replica) if replica else ""),
+        host=host,
+        port=port,
         answer_key=service.secret_bytes("answers"),
         max_tokens={name: stream.serving.max_tokens for name, stream in service.settings.streams.items()},
         access=access_of(service),

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 
+from tidegate.route import local_replicas, name_of
 from tidegate.supervisor import Part, Supervisor, tidegate_command
 from tidegate.wiring import Service
 
@@ -46,7 +47,11 @@ def parts_of(service: Service, *, learn: bool = True) -> list[Part]:
     if service.settings.service.mlflow.uri == "embedded":
         parts.append(part("mlflow", "mlflow"))
     parts.extend(part(f"ingest-{stream}", "ingest", stream) for stream in service.settings.streams)
-    parts.append(part("serve", "serve"))
+    if service.settings.service.replicas:
+        parts.extend(part(f"serve-{name_of(url)}", "serve", "--replica", url) for url in local_replicas(service))
+        parts.append(part("route", "route"))
+    else:
+        parts.append(part("serve", "serve"))
     if learn:
         parts.append(part("learn", "learn"))
     return parts
@@ -61,7 +66,7 @@ def start_all(service: Service, say: Callable[[str], None], *, learn: bool = Tru
     checks: dict[str, Callable[[], bool]] = {
         "broker": lambda: listens(service.bootstrap),
         "mlflow": lambda: answers(f"{service.mlflow_uri}/health"),
-        "serve": lambda: answers(f"{service.api_uri}/readyz"),
+        "api": lambda: answers(f"{service.api_uri}/readyz"),
     }
     supervisor = Supervisor(parts_of(service, learn=learn), say)
     try:
@@ -70,8 +75,8 @@ def start_all(service: Service, say: Callable[[str], None], *, learn: bool = Tru
             if part.name in {"broker", "mlflow"}:
                 supervisor.wait_ready(part, checks[part.name], READY_SECONDS)
         for part in supervisor.parts:
-            if part.name == "serve":
-                supervisor.wait_ready(part, checks["serve"], READY_SECONDS)
+            if part.name in {"serve", "route"}:
+                supervisor.wait_ready(part, checks["api"], READY_SECONDS)
     except BaseException:
         supervisor.stop()
         raise

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from tidegate.config import Resolved, Settings, StreamSettings, load, read_secret
 from tidegate.errors import ConfigError, UnknownName
@@ -233,7 +234,8 @@ class Service:
         from serving.access import is_loopback
 
         api = self.settings.service.api
-        return api.require_keys or not is_loopback(api.host)
+        hosts = [api.host, *(urlsplit(url).hostname or "" for url in self.settings.service.replicas)]
+        return api.require_keys or not all(map(is_loopback, hosts))
 
     @property
     def local_api_key(self) -> str:

@@ -1,4 +1,4 @@
-"""`tidegate up` and the parts it runs, each also alone: broker, mlflow, ingest, learn, serve."""
+"""`tidegate up` and the parts it runs, each also alone: broker, mlflow, ingest, learn, serve, route."""
 
 from __future__ import annotations
 
@@ -174,9 +174,23 @@ def learn(given: str | None) -> None:
 
 
 @click.command()
+@click.option("--replica", metavar="URL", help="Which of service.replicas this server is, behind `tidegate route`.")
 @click.pass_obj
-def serve(given: str | None) -> None:
+def serve(given: str | None, replica: str | None) -> None:
     """Serve every stream's approved version under /v1, and swap it when the registry says so, without a restart."""
     from tidegate.serve import run_server
 
-    run_server(_open(given))
+    run_server(_open(given), replica)
+
+
+@click.command()
+@click.pass_obj
+def route(given: str | None) -> None:
+    """Route requests at service.api to service.replicas, each started by `serve --replica URL`.
+
+    All of them answer with one version at any moment, and the registry hears of it when all run it. A replica that is
+    ill gets nothing until it is well. Holds no model.
+    """
+    from tidegate.route import run_router
+
+    run_router(_open(given))
