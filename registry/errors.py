@@ -26,7 +26,7 @@ class UnknownVersion(RegistryError):
 
 
 class PromotionRefused(RegistryError):
-    """A change of stage that must not happen; the message says why and what to do."""
+    """A change of the registry that must not happen; the message says why and what to do."""
 
 
 class ApprovalsError(RegistryError):

@@ -14,97 +14,51 @@ UI, the REST API and every client meet it, and so that MLflow's own authenticati
 
 The header `X-Tidegate-Approval` of the answer holds the `seq` of the decision in the history, where it is one.
 
+Before that, every request that would change anything is judged by `rules.py`, after MLflow has asked for the login
+and for its own permissions: see `judging.py`.
+
 Environment: TIDEGATE_WORKSPACE, TIDEGATE_KEYS (default `keys` in the workspace), TIDEGATE_APPROVALS_URL
     (default `approvals.db` there), TIDEGATE_OPEN_MODELS (a JSON list of names: models of streams that never
     promised privacy; a version without it is refused for any other), TIDEGATE_MLFLOW_AUTH=basic to add MLflow's
-    basic authentication. Who decided: the authenticated user; without authentication the name a client gives in
-    `X-Tidegate-User`, else `local:ADDRESS`. Why: `X-Tidegate-Why`, or `comment` in the JSON body. Both headers are
-    percent-encoded UTF-8.
+    basic authentication; with it TIDEGATE_MODELS (a JSON list: models that get roles), TIDEGATE_SOLO_MODELS (a JSON
+    list: models whose versions may be promoted by whom registered them), and `mlflow_learner` and `mlflow_server`
+    among the keys: passwords of the service's own users. Who decided: the authenticated user; without authentication
+    the name a client gives in `X-Tidegate-User`, else `local:ADDRESS`. Why: `X-Tidegate-Why`, or `comment` in the
+    JSON body. Both headers are percent-encoded UTF-8.
 """
 
 import json
 import os
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import wraps
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import structlog
-from flask import Flask, Response, g, jsonify, request
-from mlflow.entities.model_registry import ModelVersionTag
+from flask import Flask, Response, jsonify, request
 from mlflow.entities.model_registry.model_version_stages import get_canonical_stage
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import (
-    INTERNAL_ERROR,
-    INVALID_PARAMETER_VALUE,
-    PERMISSION_DENIED,
-    RESOURCE_DOES_NOT_EXIST,
-)
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.protos.model_registry_pb2 import TransitionModelVersionStage
 from mlflow.server import app as mlflow_app
 from mlflow.server import handlers
-from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from ingest.child import die_with_parent
 from privacy.errors import PrivacyError
 from privacy.signing import KeyFile, SigningKey, TrustedKeys
-from registry import page
+from registry import judging, page
 from registry.approvals import Approval, Approvals, Verifier
 from registry.canary import parse
-from registry.errors import PromotionRefused, RegistryError, UnknownVersion
+from registry.errors import RegistryError, UnknownVersion
 from registry.fingerprints import Fingerprints
-from registry.promotion import ADAPTER_FOLDER, Promotions, Trust
-from registry.states import ModelVersion
+from registry.inside import InProcess, View, body, prefix, store, translated, who, why
+from registry.promotion import Promotions, Trust
+from registry.registrars import Registrars
+from registry.rules import Rules
 
 log = structlog.get_logger()
 
 _TRANSITION = "/mlflow/model-versions/transition-stage"
-# One page of MLflow's version search; its own maximum is 200,000.
-_PAGE_ROWS = 10_000
-
-View = Callable[..., Any]
-
-
-class InProcess:
-    """MLflow's stores, from inside its server: `promotion.Registry`."""
-
-    def versions(self, model: str) -> list[ModelVersion]:
-        """Every version of a model."""
-        store, found, token = _store(), [], None
-        while True:
-            query = f"name='{model}'"
-            page = store.search_model_versions(query, max_results=_PAGE_ROWS, page_token=token)
-            found += [_version(entity) for entity in page]
-            token = page.token
-            if not token:
-                return found
-
-    def move(self, model: str, version: int, stage: str, *, archive_existing: bool = False) -> None:
-        """Set a stage, in one transaction with the archiving of those that stand there."""
-        _store().transition_model_version_stage(model, str(version), stage, archive_existing)
-
-    def set_tag(self, model: str, version: int, key: str, value: str) -> None:
-        """Set a tag of a version."""
-        tag = ModelVersionTag(key, value)
-        _store().set_model_version_tag(model, str(version), tag)
-
-    def fetch_adapter(self, model: str, version: int, dest: Path) -> Path:
-        """Where the adapter's files lie, or a copy in `dest`, found the way MLflow's own download handler does."""
-        root = _store().get_model_version_download_uri(model, str(version))
-        try:
-            if handlers._is_servable_proxied_run_artifact_root(root):  # noqa: SLF001
-                repository = handlers._get_artifact_repo_mlflow_artifacts()  # noqa: SLF001
-                to_path = handlers._get_proxied_run_artifact_destination_path  # noqa: SLF001
-                path = to_path(root, ADAPTER_FOLDER)
-            else:
-                repository = handlers._get_artifact_repository_for_uri(root)  # noqa: SLF001
-                path = ADAPTER_FOLDER
-            local = isinstance(repository, LocalArtifactRepository)
-            return Path(repository.download_artifacts(path, None if local else str(dest)))
-        except (MlflowException, OSError) as error:
-            raise RegistryError(f"{root}/{ADAPTER_FOLDER}: {error}") from error
 
 
 def create_app(app: Flask = mlflow_app) -> Any:
@@ -121,9 +75,10 @@ def create_app(app: Flask = mlflow_app) -> Any:
     keys = Path(os.environ.get("TIDEGATE_KEYS") or workspace / "keys")
     SigningKey.load_or_create(keys / "approvals.pem")
     signer = KeyFile(keys / "approvals.pem")  # read at each decision: a rotation needs no restart
-    approvals = Approvals(os.environ.get("TIDEGATE_APPROVALS_URL") or f"sqlite:///{workspace / 'approvals.db'}", signer)
+    url = os.environ.get("TIDEGATE_APPROVALS_URL") or f"sqlite:///{workspace / 'approvals.db'}"
+    approvals = Approvals(url, signer)
     # Keys are read at each decision: the first verdict may be signed after this server started.
-    open_models = json.loads(os.environ.get("TIDEGATE_OPEN_MODELS") or "[]")
+    open_models = _names("TIDEGATE_OPEN_MODELS")
     hashed = Fingerprints()
 
     def promotions() -> Promotions:
@@ -132,13 +87,10 @@ def create_app(app: Flask = mlflow_app) -> Any:
     guard(app, promotions, approvals)
     _pages(app, promotions, TrustedKeys.from_dir(keys, "approvals"))
     _settle(promotions, approvals)
+    rules = Rules(InProcess(), approvals, Registrars(url), frozenset(_names("TIDEGATE_SOLO_MODELS")))
     if os.environ.get("TIDEGATE_MLFLOW_AUTH") == "basic":
-        from mlflow.server.auth import create_app as with_authentication
-
-        return with_authentication(app)
-    from mlflow.server.fastapi_app import create_fastapi_app
-
-    return create_fastapi_app(app)
+        return judging.with_logins(app, rules, keys, _names("TIDEGATE_MODELS"))
+    return judging.without_logins(app, rules)
 
 
 def guard(app: Flask, promotions: Callable[[], Promotions], approvals: Approvals) -> None:
@@ -151,9 +103,9 @@ def guard(app: Flask, promotions: Callable[[], Promotions], approvals: Approvals
         )
     for endpoint in guarded:
         app.view_functions[endpoint] = _guarded(app.view_functions[endpoint], promotions)
-    prefix = os.environ.get(handlers.STATIC_PREFIX_ENV_VAR, "").rstrip("/")
+    at = prefix()
     for rule in list(app.url_map.iter_rules()):
-        if rule.rule == f"{prefix}/":
+        if rule.rule == f"{at}/":
             app.view_functions[rule.endpoint] = _with_script(app.view_functions[rule.endpoint])
 
     def health() -> Response:
@@ -162,8 +114,8 @@ def guard(app: Flask, promotions: Callable[[], Promotions], approvals: Approvals
     def history() -> Response:
         return jsonify({"approvals": approvals.history(request.args.get("model")), "head": approvals.head()})
 
-    app.add_url_rule(f"{prefix}/tidegate/health", "tidegate_health", handlers.catch_mlflow_exception(health))
-    app.add_url_rule(f"{prefix}/tidegate/approvals", "tidegate_approvals", _translated(history))
+    app.add_url_rule(f"{at}/tidegate/health", "tidegate_health", handlers.catch_mlflow_exception(health))
+    app.add_url_rule(f"{at}/tidegate/approvals", "tidegate_approvals", translated(history))
 
 
 def _settle(promotions: Callable[[], Promotions], approvals: Approvals) -> None:
@@ -202,23 +154,21 @@ def _pages(app: Flask, promotions: Callable[[], Promotions], keys: Verifier) -> 
         answer.headers["Cache-Control"] = "no-store"
         return answer
 
-    prefix = os.environ.get(handlers.STATIC_PREFIX_ENV_VAR, "").rstrip("/")
-    app.add_url_rule(f"{prefix}/tidegate/standing", "tidegate_standing", _translated(standing))
-    app.add_url_rule(f"{prefix}/tidegate/history", "tidegate_history", _translated(history_page))
+    at = prefix()
+    app.add_url_rule(f"{at}/tidegate/standing", "tidegate_standing", translated(standing))
+    app.add_url_rule(f"{at}/tidegate/history", "tidegate_history", translated(history_page))
 
 
 def _guarded(mlflow_view: View, promotions: Callable[[], Promotions]) -> View:
     @wraps(mlflow_view)
-    @_translated
+    @translated
     def transition(*args: Any, **kwargs: Any) -> Any:
         # Parsed by MLflow's own parser, so that the guard judges exactly what MLflow would do.
         message = handlers._get_request_message(TransitionModelVersionStage())  # noqa: SLF001
         if not (message.name and message.version and message.stage):
             return mlflow_view(*args, **kwargs)  # it names what is missing
-        body = request.get_json(force=True, silent=True)
-        body = body if isinstance(body, dict) else {}
-        approval = _decide(promotions(), message, body, who=_who(), why=_why(body))
-        entity = _store().get_model_version(message.name, message.version)
+        approval = _decide(promotions(), message, body(), who=who(), why=why())
+        entity = store().get_model_version(message.name, message.version)
         response = handlers._wrap_response(  # noqa: SLF001
             TransitionModelVersionStage.Response(model_version=entity.to_proto())
         )
@@ -266,25 +216,6 @@ def _decide_canary(promotions: Promotions, model: str, version: int, told: Any, 
     return promotions.canary(model, version, parse(told), who=who, why=why)
 
 
-def _translated(view: View) -> View:
-    """Answer Tidegate's errors as MLflow's JSON errors: the UI shows `message`, clients raise it."""
-
-    @wraps(view)
-    def answering(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return view(*args, **kwargs)
-        except PromotionRefused as refusal:
-            log.info("transition refused", reason=str(refusal))
-            raise MlflowException(str(refusal), PERMISSION_DENIED) from refusal
-        except UnknownVersion as error:
-            raise MlflowException(str(error), RESOURCE_DOES_NOT_EXIST) from error
-        except (RegistryError, PrivacyError) as error:
-            log.exception("guard failed")
-            raise MlflowException(f"{error}; the stage was not changed", INTERNAL_ERROR) from error
-
-    return wraps(view)(handlers.catch_mlflow_exception(answering))
-
-
 def _with_script(front_page: View) -> View:
     @wraps(front_page)
     def shown(*args: Any, **kwargs: Any) -> Any:
@@ -299,37 +230,12 @@ def _with_script(front_page: View) -> View:
     return shown
 
 
-def _store() -> Any:
-    """MLflow's own model registry store, as its handlers get it."""
-    return handlers._get_model_registry_store()  # noqa: SLF001 - there is no public way
-
-
-def _who() -> str:
-    authenticated = getattr(g, "mlflow_authenticated_user", None)
-    if authenticated:
-        return str(authenticated)
-    return unquote(request.headers.get("X-Tidegate-User", "")).strip() or f"local:{request.remote_addr}"
-
-
-def _why(body: dict[str, Any]) -> str:
-    return unquote(request.headers.get("X-Tidegate-Why", "")).strip() or str(body.get("comment") or "").strip()
-
-
-def _version(entity: Any) -> ModelVersion:
-    created = datetime.fromtimestamp(entity.creation_timestamp / 1000, UTC)
-    return ModelVersion(
-        version=int(entity.version),
-        stage=entity.current_stage,
-        tags=dict(entity.tags),
-        created_at=created.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        run_id=entity.run_id or "",
-        aliases=tuple(entity.aliases),
-        description=entity.description or "",
-    )
-
-
 def _setting(name: str) -> str:
     value = os.environ.get(name)
     if not value:
         raise RegistryError(f"{name}: not set; start MLflow by `tidegate mlflow`, or set it to the workspace's folder")
     return value
+
+
+def _names(variable: str) -> list[str]:
+    return [str(name) for name in json.loads(os.environ.get(variable) or "[]")]

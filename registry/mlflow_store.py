@@ -1,8 +1,8 @@
 """The model registry as the rest of Tidegate sees it: versions with their evidence, stages, adapters.
 
 Everything but registering speaks MLflow's REST API by itself: serving polls `versions` once a second, and
-`import mlflow` costs seconds. Registering uses MLflow's client, which knows every artifact store. Credentials
-are MLflow's own: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN.
+`import mlflow` costs seconds. Registering uses MLflow's client, which knows every artifact store. Whoever is not
+given a login uses MLflow's own: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN.
 """
 
 import json
@@ -38,6 +38,8 @@ _PAGE_ROWS = 10_000
 # Column width of MLflow's model_versions.description: PostgreSQL refuses more.
 DESCRIPTION_CHARS_MAX = 5000
 _EVIDENCE = "evidence"
+# All that MLflow's own permissions say.
+_PLAIN_NO = "Permission denied"
 # The same of datasets.digest.
 _DIGEST_CHARS_MAX = 36
 
@@ -93,16 +95,20 @@ class MlflowStore:
 
     Args:
         tracking_uri: `http://…` or `https://…`; the guard may run there or not (a managed MLflow).
+        login: user and password; None: what MLflow's own variables say, if anything.
     """
 
-    def __init__(self, tracking_uri: str) -> None:
+    def __init__(self, tracking_uri: str, login: tuple[str, str] | None = None) -> None:
+        self._login = login
         self._uri = tracking_uri.rstrip("/")
         self._session = requests.Session()
         self._session.headers["Accept"] = "application/json"
         # Loopback must not go through a proxy that the environment names for the outside.
         self._session.trust_env = urlsplit(self._uri).hostname not in {"127.0.0.1", "localhost", "::1"}
         user, token = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_TOKEN")
-        if user:
+        if login is not None:
+            self._session.auth = login
+        elif user:
             self._session.auth = (user, os.environ.get("MLFLOW_TRACKING_PASSWORD", ""))
         elif token:
             self._session.headers["Authorization"] = f"Bearer {token}"
@@ -142,7 +148,7 @@ class MlflowStore:
             if same_round and version.tag("attempt") == str(candidate.attempt):
                 return version.version
         with _mlflow_errors(self._uri):
-            return _register(self._uri, candidate)
+            return _register(self._uri, candidate, self._login)
 
     def to_staging(self, model: str, version: int) -> None:
         """Show a passed candidate where a person looks for it."""
@@ -327,6 +333,40 @@ class MlflowStore:
             else:
                 _remove_direct(self._uri, root, path)
 
+    def users(self) -> list[dict[str, Any]]:
+        """All users by name: name, admin, service, and roles by model. Only admins are told.
+
+        Raises:
+            PromotionRefused: the login is no admin's. RegistryError: this MLflow asks for no logins.
+        """
+        return list(self._user_call("GET", "users")["users"])
+
+    def add_user(self, name: str, password: str) -> bool:
+        """Make a user without any role. False: there is one of that name, who stays as they are. Raises as `users`."""
+        return bool(self._user_call("POST", "users", json={"name": name, "password": password})["made"])
+
+    def grant(self, name: str, role: str, model: str) -> bool:
+        """Give a user a role on a model, or `admin` on all. False: they have it. Raises as `users`."""
+        given = {"name": name, "role": role, "model": model}
+        return bool(self._user_call("POST", "roles", json=given)["changed"])
+
+    def revoke(self, name: str, role: str, model: str) -> bool:
+        """Take it. False: they have it not. Raises as `users`."""
+        given = {"name": name, "role": role, "model": model}
+        return bool(self._user_call("DELETE", "roles", json=given)["changed"])
+
+    def _user_call(self, method: str, what: str, **options: Any) -> dict[str, Any]:
+        response = self._send(method, f"/tidegate/{what}", **options)
+        if response.status_code in {requests.codes.not_found, requests.codes.method_not_allowed} and not _coded(
+            response
+        ):
+            raise RegistryError(
+                f"mlflow={self._uri}: asks for no logins, so it has no users; set service.mlflow.auth: basic"
+            )
+        if response.status_code != requests.codes.ok:
+            raise _error(response, self._uri)
+        return dict(response.json())
+
     def _desk(self, approvals: Approvals | None, trust: Trust | None) -> Promotions:
         if approvals is None or trust is None:
             raise RegistryError(
@@ -387,7 +427,7 @@ class MlflowStore:
             raise _unavailable(self._uri, error) from error
 
 
-def _register(uri: str, candidate: Candidate) -> int:
+def _register(uri: str, candidate: Candidate, login: tuple[str, str] | None) -> int:
     """Run with evidence → logged model with the adapter → version with tags and description, in that order.
 
     The version comes last and whole: what is half done when this dies is an orphan nobody sees.
@@ -396,7 +436,7 @@ def _register(uri: str, candidate: Candidate) -> int:
     for name in names:
         if not (candidate.adapter_dir / name).is_file():
             raise RegistryError(f"adapter {candidate.adapter_dir}: {name} is missing; nothing was registered")
-    with _fast_failures():
+    with _fast_failures(login):
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
@@ -451,10 +491,11 @@ def _ensure_model(client: Any, model: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        client.create_registered_model(model)
+        client.get_registered_model(model)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
+        client.create_registered_model(model)
 
 
 def _input(dataset: Dataset) -> Any:
@@ -498,8 +539,13 @@ def _describe(candidate: Candidate, experiment_id: str, run_id: str) -> str:
 
 
 @contextmanager
-def _fast_failures() -> Iterator[None]:
-    """MLflow's client retries for minutes by default; here a registry that is down is said to be down."""
+def _fast_failures(login: tuple[str, str] | None = None) -> Iterator[None]:
+    """MLflow's client retries for minutes by default; here a registry that is down is said to be down.
+
+    Its login it takes from these variables and from nowhere else.
+    """
+    user, password = login or ("", "")
+    given = {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password} if login else {}
     wanted = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
@@ -507,14 +553,16 @@ def _fast_failures() -> Iterator[None]:
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     }
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update({name: value for name, value in wanted.items() if before[name] is None})
+    before = {name: os.environ.get(name) for name in (*wanted, *given)}
+    os.environ.update({name: value for name, value in wanted.items() if before[name] is None} | given)
     try:
         yield
     finally:
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
@@ -548,6 +596,14 @@ def _version(entry: Mapping[str, Any], aliases: Iterable[str]) -> ModelVersion:
     )
 
 
+def _coded(response: requests.Response) -> bool:
+    """Whether an answer is MLflow's or the guard's own, rather than that of a route that is not there."""
+    try:
+        return "error_code" in response.json()
+    except (ValueError, TypeError):
+        return False
+
+
 def _unavailable(uri: str, error: Exception) -> RegistryUnavailable:
     kind = "no answer in time" if isinstance(error, requests.Timeout) else "cannot be reached"
     return RegistryUnavailable(
@@ -565,8 +621,13 @@ def _error(response: requests.Response, uri: str) -> RegistryError:
     if code == "RESOURCE_DOES_NOT_EXIST":
         return UnknownVersion(message)
     if response.status_code == requests.codes.unauthorized:
-        return RegistryError(f"mlflow={uri}: wants a login; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+        return RegistryError(
+            f"mlflow={uri}: wants a login, or another one: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; "
+            f"an admin makes users by `tidegate users add NAME`"
+        )
     if response.status_code == requests.codes.forbidden:
+        if message == _PLAIN_NO:
+            message = f"mlflow={uri}: this login may not do that; an admin gives roles by `tidegate users grant`"
         return PromotionRefused(message)
     if response.status_code >= requests.codes.internal_server_error:
         return RegistryUnavailable(f"mlflow={uri}: failed with {response.status_code}: {message}; see its log")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -35,6 +36,29 @@ _POLL_S = 0.2
 _LOG_TAIL_LINES = 5
 
 
+# The server is one process, and everything that changes a user passes through it and empties this.
+_LOGIN_CACHE_S = 60
+
+
+@dataclass(frozen=True)
+class Logins:
+    """MLflow's basic authentication, with roles.
+
+    Attributes:
+        admin_password: of MLflow's user `admin`; it counts at the very first start only.
+        secret_key: signs the forms of MLflow's own pages; the same at every start.
+        models: registered models that get roles, and an experiment, when the server starts.
+        solo_models: models whose versions may be promoted by whom registered them.
+        database_url: of users and roles; default: MLflow's own database when that is no SQLite, else one beside it.
+    """
+
+    admin_password: str
+    secret_key: str
+    models: Sequence[str] = ()
+    solo_models: Sequence[str] = ()
+    database_url: str | None = None
+
+
 class MlflowServer:
     """`mlflow server` with its artifacts in `WORKSPACE/mlflow`; a context manager.
 
@@ -48,6 +72,7 @@ class MlflowServer:
         backend_url: SQLAlchemy URL of MLflow's own tables; default `mlflow/mlflow.db` in the workspace. PostgreSQL is
             driven by psycopg2, whatever driver the URL names.
         public_names: further host names under which browsers reach it, such as `mlflow.example.org`.
+        logins: who may do what; None: no login is asked for, and everybody who reaches it may do everything.
     """
 
     _HEALTH = "/tidegate/health"
@@ -63,6 +88,7 @@ class MlflowServer:
         open_models: Sequence[str] = (),
         public_names: Sequence[str] = (),
         backend_url: str | None = None,
+        logins: Logins | None = None,
     ) -> None:
         self._root = workspace.resolve()
         self._host = host
@@ -72,6 +98,7 @@ class MlflowServer:
         self._keys = (keys_dir or self._root / "keys").resolve()
         self._open_models = tuple(open_models)
         self._names = ("localhost", "127.0.0.1", "[::1]", *public_names)
+        self._logins = logins
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -99,6 +126,8 @@ class MlflowServer:
         _refuse_taken(self._host, self._port)
         for folder in (self._root / "mlflow" / "artifacts", self.log_file.parent):
             folder.mkdir(parents=True, exist_ok=True)
+        if self._logins is not None:
+            self._write_login_settings(self._logins)
         with self.log_file.open("ab") as out:
             self._process = subprocess.Popen(
                 self._command(),
@@ -175,7 +204,44 @@ class MlflowServer:
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "PYTHONUNBUFFERED": "1",
+            **({} if self._logins is None else self._login_environment(self._logins)),
         }
+
+    @property
+    def _login_settings(self) -> Path:
+        return self._root / "run" / "mlflow-auth.ini"
+
+    def _login_environment(self, logins: Logins) -> dict[str, str]:
+        return {
+            "TIDEGATE_MLFLOW_AUTH": "basic",
+            "TIDEGATE_MODELS": json.dumps(list(logins.models)),
+            "TIDEGATE_SOLO_MODELS": json.dumps(list(logins.solo_models)),
+            "MLFLOW_AUTH_CONFIG_PATH": str(self._login_settings),
+            "MLFLOW_AUTH_ADMIN_USERNAME": "admin",
+            "MLFLOW_AUTH_ADMIN_PASSWORD": logins.admin_password,
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": logins.secret_key,
+            # A route without a rule of MLflow's own is closed rather than open.
+            "MLFLOW_BASIC_AUTH_FAIL_CLOSED": "true",
+        }
+
+    def _write_login_settings(self, logins: Logins) -> None:
+        """MLflow reads these from a file only. The URL may hold a password."""
+        beside = f"sqlite:///{self._root / 'mlflow' / 'logins.db'}"
+        url = logins.database_url or (beside if self._backend_url.startswith("sqlite") else self._backend_url)
+        text = "\n".join(
+            (
+                "[mlflow]",
+                # Whoever has no role on a model sees nothing of it.
+                "default_permission = NO_PERMISSIONS",
+                f"database_uri = {url.replace('%', '%%')}",
+                f"auth_cache_ttl_seconds = {_LOGIN_CACHE_S}",
+                "",
+            )
+        )
+        self._login_settings.unlink(missing_ok=True)
+        handle = os.open(self._login_settings, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            out.write(text)
 
     def _wait_healthy(self) -> None:
         session = requests.Session()

@@ -11,7 +11,8 @@ import pytest
 from learner.adapter import adapter_sha256
 from privacy.signing import SigningKey
 from registry.mlflow_store import Candidate, Dataset, MlflowStore
-from registry.server import MlflowServer
+from registry.roles import SERVICES
+from registry.server import Logins, MlflowServer
 
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c63f8cfc0f01f00"
@@ -22,6 +23,15 @@ DATASETS = (
     Dataset("desk gate set", "gates", "9" * 63 + "8", "gate-set", {"name": "desk"}),
 )
 _seeds = itertools.count(1)
+PASSWORD = "a-long-enough-secret"
+# People of the server with logins, and their roles by model.
+PEOPLE = {
+    "viewer": {"desk": ["viewer"], "other": ["viewer"]},
+    "trainer": {"desk": ["trainer"], "other": ["trainer"]},
+    "approver": {"desk": ["approver"], "other": ["approver"]},
+    "both": {"other": ["trainer", "approver"], "solo": ["trainer", "approver"]},
+    "elsewhere": {"other": ["approver"]},
+}
 
 
 def write_adapter(folder: Path, seed: int) -> str:
@@ -103,6 +113,30 @@ def guarded(tmp_path_factory):
         world.server = server
         yield world
         store.close()
+
+
+@pytest.fixture(scope="module")
+def secured(tmp_path_factory):
+    """The same with logins: `store` is the learner's, `stores` everybody's by name."""
+    root = tmp_path_factory.mktemp("secured")
+    (root / "keys").mkdir()
+    for role in SERVICES:
+        (root / "keys" / f"mlflow_{role}").write_text(PASSWORD)
+    logins = Logins(PASSWORD, "not a secret here", ["desk", "other", "solo"], ["solo"])
+    with MlflowServer(root, port=0, logins=logins) as server:
+        admin = MlflowStore(server.url, ("admin", PASSWORD))
+        for name, roles in PEOPLE.items():
+            admin.add_user(name, PASSWORD)
+            for model, given in roles.items():
+                for role in given:
+                    admin.grant(name, role, model)
+        users = {"admin": "admin", **{name: name for name in PEOPLE}, **{str(r): n for r, n in SERVICES.items()}}
+        stores = {name: MlflowStore(server.url, (user, PASSWORD)) for name, user in users.items()}
+        world = World(root, stores["learner"])
+        world.server, world.stores, world.users = server, stores, users
+        yield world
+        for store in (admin, *stores.values()):
+            store.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,64 +1,69 @@
+"""Logins and roles on a real server. What each role can do on each route: `test_routes.py`."""
+
 import pytest
 import requests
 
+from registry.errors import PromotionRefused, RegistryError
 from registry.mlflow_store import MlflowStore
-from registry.server import MlflowServer
-from tests.registry.conftest import World
+from tests.registry.conftest import PASSWORD
 
-PASSWORD = "a-long-enough-secret"
-
-
-@pytest.fixture(scope="module")
-def secured(tmp_path_factory):
-    """MLflow with its basic authentication under the guard."""
-    root = tmp_path_factory.mktemp("secured")
-    (root / "keys").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TIDEGATE_MLFLOW_AUTH", "basic")
-        patch.setenv("MLFLOW_FLASK_SERVER_SECRET_KEY", "not a secret here")
-        patch.setenv("MLFLOW_AUTH_ADMIN_PASSWORD", PASSWORD)
-        patch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
-        patch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
-        with MlflowServer(root, port=0) as server:
-            store = MlflowStore(server.url)
-            world = World(root, store)
-            world.server = server
-            yield world
-            store.close()
+TRANSITION = "/api/2.0/mlflow/model-versions/transition-stage"
 
 
 def test_who_decided_is_the_login_and_nothing_a_client_claims(secured):
     version, _ = secured.candidate("desk")
-    signed = secured.store.promote("desk", version, why="fine", who="somebody else")
-    assert signed["who"] == "admin"
+    signed = secured.stores["approver"].promote("desk", version, why="fine", who="somebody else")
+    assert signed["who"] == "approver"
 
 
 def test_without_a_login_nothing_is_decided_and_nothing_is_told(secured):
-    version, _ = secured.candidate("closed")
-    url = f"{secured.server.url}/api/2.0/mlflow/model-versions/transition-stage"
-    body = {"name": "closed", "version": str(version), "stage": "Production"}
+    version, _ = secured.candidate("other")
+    url = f"{secured.server.url}{TRANSITION}"
+    body = {"name": "other", "version": str(version), "stage": "Production"}
     assert requests.post(url, json=body, timeout=10).status_code == 401
     wrong = requests.post(url, json=body, auth=("admin", "guess"), timeout=10)
     assert wrong.status_code == 401
     assert requests.get(f"{secured.server.url}/tidegate/approvals", timeout=10).status_code == 401
-    assert secured.stages("closed") == {version: "Staging"}
+    with pytest.raises(RegistryError, match=r"wants a login.*tidegate users add"):
+        MlflowStore(secured.server.url, ("approver", "guess")).versions("other")
+    assert secured.stages("other")[version] == "Staging"
 
 
-def test_a_reader_may_not_approve(secured):
-    version, _ = secured.candidate("readonly")
-    admin = ("admin", PASSWORD)
-    made = requests.post(
-        f"{secured.server.url}/api/2.0/mlflow/users/create",
-        json={"username": "reader", "password": "another-long-secret"},
-        auth=admin,
-        timeout=10,
-    )
-    assert made.status_code == 200
-    answer = requests.post(
-        f"{secured.server.url}/api/2.0/mlflow/model-versions/transition-stage",
-        json={"name": "readonly", "version": str(version), "stage": "Production"},
-        auth=("reader", "another-long-secret"),
-        timeout=10,
-    )
-    assert answer.status_code == 403
-    assert secured.stages("readonly") == {version: "Staging"}
+@pytest.mark.parametrize("role", ["viewer", "trainer", "server"])
+def test_only_an_approver_may_approve(secured, role):
+    version, _ = secured.candidate("other")
+    before = secured.stages("other")
+    with pytest.raises(PromotionRefused):
+        secured.stores[role].promote("other", version, why="please", who="me")
+    assert secured.stages("other") == before
+
+
+def test_an_approver_of_one_stream_decides_nothing_of_another(secured):
+    version, _ = secured.candidate("desk")
+    with pytest.raises(PromotionRefused, match=r"elsewhere may not|may not do that"):
+        secured.stores["elsewhere"].promote("desk", version, why="please", who="me")
+
+
+def test_whoever_registered_a_version_may_not_approve_it(secured):
+    secured.store, kept = secured.stores["both"], secured.store
+    try:
+        version, _ = secured.candidate("other")
+    finally:
+        secured.store = kept
+    with pytest.raises(PromotionRefused, match=r"registered by both: somebody else must approve it \(four eyes\)"):
+        secured.stores["both"].promote("other", version, why="mine", who="somebody else")
+    (found,) = [v for v in secured.store.versions("other") if v.version == version]
+    assert found.tag("registered_by") == "both"
+    assert secured.stores["approver"].promote("other", version, why="looked at it", who="")["who"] == "approver"
+    assert requests.get(
+        f"{secured.server.url}/tidegate/approvals", params={"model": "other"}, auth=("both", PASSWORD), timeout=10
+    ).json()["approvals"]
+
+
+def test_a_model_may_be_named_whose_trainer_approves_alone(secured):
+    secured.store, kept = secured.stores["both"], secured.store
+    try:
+        version, _ = secured.candidate("solo")
+    finally:
+        secured.store = kept
+    assert secured.stores["both"].promote("solo", version, why="alone", who="")["who"] == "both"
