@@ -3,9 +3,9 @@
 `make bench-serving` prints a table and adds to bench/results/serving.json; for a part of it: `bench/serving.py
 --base tiny --part swaps`. Throughput is in CPU time of one thread, interleaved, medians with their spread: a waiting
 OpenMP thread burns CPU time that no answer asked for. Latencies are wall time over HTTP from a process of its own, at
-70% of the rate at which the server saturates, by a plan of Poisson arrivals. Windows with a swap and without take turns;
-the two of a pair have the same arrivals and questions. Each version is new to the server: it is fetched, checked,
-loaded and probed.
+70% of the rate at which the server saturates, by a plan of Poisson arrivals. Windows with a swap and without take
+turns; the two of a pair have the same arrivals and questions. Each version is new to the server: it is fetched,
+checked, loaded and probed.
 """
 
 from __future__ import annotations

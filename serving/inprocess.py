@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 import threading
 import time
 from collections import deque
@@ -46,7 +47,13 @@ Event = Piece | Finish | EngineError
 WINDOW_S = 0.002
 # Padded tokens of prompts run together; answers being written wait for at most one such pass.
 JOIN_TOKENS = 1024
+# A probe stalls the others for one pass of its prompt: few tokens cost hardly more than a step.
+PROBE_TEXT = "ping, pong"
 PROBE_STEPS = 3
+# A thread that computes lets go of the interpreter at every operation, and waits so long to have it back from one that
+# does not, as when a swap reads an adapter or the API a request. Python's 5 ms would make a step of 600 operations last
+# for seconds.
+SWITCH_S = 0.0005
 RETRY_AFTER_S_MAX = 60
 
 log = structlog.get_logger()
@@ -74,6 +81,10 @@ class Said:
     answers: list[str | None]
 
 
+class _NotFinite(EngineError):
+    """Logits are NaN or infinite."""
+
+
 class _Writing:
     """One answer, waiting or being written."""
 
@@ -89,6 +100,7 @@ class _Writing:
         self.sampling = sampling
         self.sink = sink
         self.cancelled = False
+        self.alone = False  # its prompt is not run together with others': should it fail, it fails alone
         self.produced = 0
         self.last = -1
         self.began_s = 0.0
@@ -167,6 +179,7 @@ class InProcessEngine:
         self._jobs: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._closed = False
+        sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
         self._answer_s = 1.0  # smoothed time of one answer, for Retry-After
         self._worker = threading.Thread(target=self._work, name=f"engine {base.name}", daemon=True)
         self._worker.start()
@@ -211,24 +224,22 @@ class InProcessEngine:
         return tuple(self._residents)
 
     def probe(self, name: str | None) -> None:
-        """Run a tiny prompt and some steps.
+        """Run a tiny prompt, and then some steps in the company of the answers that are being written.
 
         Raises:
             EngineError: a logit is not finite.
             UnknownAdapter: no such adapter is resident.
         """
-        adapter = self._adapter(name)
-        ids = self.render([{"role": "user", "content": "ping"}])
-
-        def run() -> None:
-            slots = Slots(self._decoder, 1)
-            logits = slots.add([ids], [adapter])
-            for _ in range(PROBE_STEPS):
-                if not logits.isfinite().all():
-                    raise EngineError(f"adapter {name}: its logits are not finite on a probe; train it anew")
-                logits = slots.step([int(logits.argmax())])
-
-        self._call(run)
+        events: SimpleQueue[Event] = SimpleQueue()
+        writing = _Writing(self._adapter(name), self.text_ids(PROBE_TEXT), Sampling(PROBE_STEPS), events.put)
+        writing.alone = True
+        with self._wake:
+            self._enqueue(writing, first=True)
+        try:
+            for _ in _texts(events):
+                pass
+        except _NotFinite as error:
+            raise EngineError(f"adapter {name}: its logits are not finite on a probe; train it anew") from error
 
     # Prompts and answers
 
@@ -445,10 +456,13 @@ class InProcessEngine:
                 "shorten the prompt or ask for fewer tokens"
             )
 
-    def _enqueue(self, writing: _Writing) -> None:
+    def _enqueue(self, writing: _Writing, *, first: bool = False) -> None:
         if self._closed:
             raise EngineError("engine: is closed; start the server again")
-        self._waiting.append(writing)
+        if first:
+            self._waiting.appendleft(writing)
+        else:
+            self._waiting.append(writing)
         self._wake.notify()
 
     def _cancel(self, writing: _Writing) -> None:
@@ -509,6 +523,8 @@ class InProcessEngine:
         with self._wake:
             longest = 0
             while self._waiting and len(self._active) + len(joining) < self._batch_max:
+                if joining and (joining[0].alone or self._waiting[0].alone):
+                    break
                 longest = max(longest, len(self._waiting[0].prompt_ids))
                 if joining and longest * (len(joining) + 1) > JOIN_TOKENS:
                     break
@@ -519,8 +535,14 @@ class InProcessEngine:
             writing.text = TextStream(self._decoding_tokenizer, writing.sampling.stop)
             writing.began_s = time.monotonic()
         first = len(self._active)
+        try:
+            logits = self._slots.add([w.prompt_ids for w in joining], [w.adapter for w in joining])
+        except Exception as error:  # whatever it is, those who are being answered must not suffer from it
+            log.exception("prompts failed", answers=len(joining))
+            for writing in joining:
+                writing.sink(EngineError(f"engine: a prompt failed ({type(error).__name__}); ask again"))
+            return
         self._active += joining
-        logits = self._slots.add([w.prompt_ids for w in joining], [w.adapter for w in joining])
         self._take(first, logits)
 
     def _drop_overdue(self) -> None:
@@ -562,7 +584,7 @@ class InProcessEngine:
             logits: (V,) it was chosen from.
         """
         if token is None:
-            writing.sink(EngineError("engine: logits are not finite; ask again, or roll back the adapter"))
+            writing.sink(_NotFinite("engine: logits are not finite; ask again, or roll back the adapter"))
             return True
         text = writing.text
         assert text is not None  # noqa: S101 - set when the answer joined
