@@ -43,6 +43,7 @@ soak-learner: $(INSTALLED) ## kill rounds 50 times at every kind of moment, then
 
 screenshots: $(INSTALLED) ## the pictures in docs/images, by a headless Chromium
 	@$(BIN)/python -m tests.evaluation.pages docs/images
+	@$(BIN)/python -m tests.tidegate.consoles docs/images
 
 lint: $(INSTALLED) ## ruff, mypy strict, import layers
 	@$(BIN)/ruff check .

@@ -18,17 +18,20 @@ import structlog
 from fastapi import Depends, FastAPI, Request
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect, cookie_parser
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import access, wire
 from serving.access import Access, Caller, is_loopback
-from serving.errors import RequestRefused, ServingError
+from serving.errors import RequestRefused, ServingError, Unauthorised
 from serving.problems import error_response
 
-# Probes hold no fact but whether the server lives; whoever restarts it has no key.
-OPEN = frozenset({"/healthz", "/readyz"})
+# Where a person's browser gets its key from, and where it keeps it.
+LOGIN = "/tidegate/login"
+KEY_COOKIE = "tidegate_key"
+# Probes hold no fact but whether the server lives; whoever restarts it has no key. Neither has who logs in yet.
+OPEN = frozenset({"/healthz", "/readyz", LOGIN, "/tidegate/console.css", "/tidegate/console.svg"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}\Z")
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _FRAMES_SHOWN = 6
@@ -140,12 +143,20 @@ class Gate:
         """
         _check_place(scope, headers, with_keys=self._access.required)
         if scope["path"] not in OPEN:
-            caller = self._access.caller(headers.get("authorization"))
+            caller = self._access.caller(headers.get("authorization") or _cookie(headers))
             scope["state"]["caller"] = caller
             caller.limits.take("requests", 1)
 
 
+def _cookie(headers: Headers) -> str | None:
+    """The key a browser keeps from the login form, as an Authorization header would carry it."""
+    key = cookie_parser(headers.get("cookie", "")).get(KEY_COOKIE)
+    return f"Bearer {key}" if key else None
+
+
 def _answer_to(error: Exception, path: str, headers: Headers) -> Response:
+    if isinstance(error, Unauthorised) and path == "/":  # a page, for people
+        return RedirectResponse(f"{LOGIN}?refused" if _cookie(headers) else LOGIN, 303)
     if isinstance(error, ServingError):
         return error_response(error, browser="text/html" in headers.get("accept", ""))
     log.error("request failed", path=path[:200], error=type(error).__name__, at=_places(error))

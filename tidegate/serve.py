@@ -155,16 +155,23 @@ def run_server(service: Service, replica: str | None = None) -> None:
         ConfigError: there are replicas, and none or another is named.
     """
     from serving.server import serve
+    from tidegate.console_routes import console_of, routes_of
+    from tidegate.wiring import Service
 
     api = service.settings.service.api
     host, port = api.host, api.port
     if replica or service.settings.service.replicas:
         host, port = address_of(service, replica or "")
+    swaps = swaps_of(service, name_of(replica) if replica else "")
+    # Its own parts: the console asks on threads of its own.
+    desk = console_of(Service(service.workspace, service.resolved), swaps)
     serve(
-        swaps_of(service, name_of(replica) if replica else ""),
+        swaps,
         host=host,
         port=port,
         answer_key=service.secret_bytes("answers"),
         max_tokens={name: stream.serving.max_tokens for name, stream in service.settings.streams.items()},
         access=access_of(service),
+        routes=routes_of(desk, [swap.stream for swap in swaps]),
+        on_end=desk.end,
     )

@@ -153,12 +153,22 @@ def browse(text, *, width, height=900, dark=False, picture=None):
 
 
 def _cut(picture, width, height):
-    """Only the frame, in few colours: a picture in a repository is to be small."""
+    """Only the frame."""
     from PIL import Image
 
     with Image.open(picture) as seen:
-        small = seen.convert("RGB").crop((0, 0, width, height)).quantize(128)
-    small.save(picture, optimize=True)
+        cut = seen.crop((0, 0, width, height))
+    cut.save(picture)
+    small(picture)
+
+
+def small(picture):
+    """In few colours: a picture in a repository is to be small."""
+    from PIL import Image
+
+    with Image.open(picture) as seen:
+        few = seen.convert("RGB").quantize(128)
+    few.save(picture, optimize=True)
 
 
 def main(folder):
