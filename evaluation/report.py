@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 PLOT_NAME = "accuracy.png"
 PAGE_NAME = "report.html"
-_SEEN = {"passed": "✅ passed", "failed": "❌ FAILED", "undecided": "❔ undecided"}
+# Signs that every font has, unlike the coloured ones.
+_SEEN = {"passed": "✓ passed", "failed": "✗ FAILED", "undecided": "? undecided"}
+_ORDER = ("failed", "undecided", "passed")
 # A page is for judging, not for archives: the plan, a tag of the version, lists every block.
 _BLOCKS_SHOWN = 12
 # Okabe and Ito's palette: told apart with every form of colour blindness; markers differ too.
@@ -37,6 +39,7 @@ def version_markdown(
     blocks: Sequence[str],
     parent: str,
     base: Base,
+    round_id: str = "",
     kept: Memory | None = None,
 ) -> str:
     """The evidence on one candidate: the verdict, what changed against live, the gates.
@@ -47,16 +50,17 @@ def version_markdown(
         blocks: ids of the blocks it trained on.
         parent: what it was trained from, in words.
         base: the base model.
+        round_id: what made it; empty where no round did.
         kept: what its line of versions has kept; None when it could not be scored.
     """
     parts = (
         _verdict(evaluation),
         _domains(evaluation),
         _gates(evaluation),
+        _spent(evaluation),
+        _origin(data_revision, blocks, parent, base, round_id),
         *(() if kept is None else (_remembered(kept),)),
         *(() if evaluation.private is None else (_privately(evaluation.private),)),
-        _spent(evaluation),
-        _origin(data_revision, blocks, parent, base),
         _not_measured(evaluation),
     )
     return "\n\n".join(parts) + "\n"
@@ -68,7 +72,7 @@ def plot_png(evaluation: Evaluation) -> bytes:
     from matplotlib.figure import Figure
 
     slices = evaluation.slices
-    figure = Figure(figsize=(8, 1.6 + 0.5 * len(slices)), dpi=110, layout="constrained")
+    figure = Figure(figsize=(6.6, 1.6 + 0.5 * len(slices)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for lane, (name, colour, marker) in enumerate(_STYLE):
@@ -102,18 +106,34 @@ def plot_png(evaluation: Evaluation) -> bytes:
 
 def _verdict(evaluation: Evaluation) -> str:
     head = {
-        "passed": "## ✅ Passed: a person may approve it",
-        "failed": "## ❌ Failed: it cannot be promoted",
-        "undecided": "## ❔ Undecided: too little is known to promote it",
+        "passed": "✓ Passed: a person may approve it",
+        "failed": "✗ Failed: it cannot be promoted",
+        "undecided": "? Undecided: too little is known to promote it",
     }[evaluation.outcome]
     if evaluation.facts.unprotected:
         head += "; trained WITHOUT PRIVACY"
     why = "; ".join(_safe(reason) for reason in evaluation.reasons)
+    # A heading by the line below it: MLflow's list of versions shows the first words of this, markup and all.
     return (
-        f"{head}\n\n{why[:1].upper()}{why[1:]}.\n\n"
-        f"[The whole report: charts, every number, examples side by side]({PAGE_NAME})\n\n"
+        f"{head}\n---\n\n{why[:1].upper()}{why[1:]}.\n\n{_in_short(evaluation)}"
+        f"[The whole report: charts, examples, every number]({PAGE_NAME})\n\n"
         f"![Accuracy by domain]({PLOT_NAME})"
     )
+
+
+def _in_short(evaluation: Evaluation) -> str:
+    """The same for somebody who trains no models; nothing where the candidate's answers were not scored."""
+    whole = next((part for part in evaluation.slices if not part.domain), None)
+    if whole is None or whole.candidate is None:
+        return ""
+    told = [f"it answers **{_percent(whole.candidate)} as expected**"]
+    told += [f"what is live now {_percent(whole.live)}"] if whole.live else []
+    told += [f"the bare base {_percent(whole.base)}"] if whole.base else []
+    return f"In short: of {whole.n} public questions {', '.join(told)}.\n\n"
+
+
+def _percent(scores: ModelScores) -> str:
+    return f"{100 * scores.accuracy.value:.0f}%"
 
 
 def _domains(evaluation: Evaluation) -> str:
@@ -122,9 +142,9 @@ def _domains(evaluation: Evaluation) -> str:
     lines = [
         f"### Against {'live' if other == 'live' else 'the base'}",
         "",
-        "Accuracy in % ± standard error, and its change in points.",
+        "Accuracy in % ± standard error, change in points.",
         "",
-        f"| domain | n | {other} | candidate | change |",
+        f"| domain | records | {other} | candidate | change |",
         "|---|---:|---:|---:|---:|",
     ]
     for part in evaluation.slices:
@@ -141,13 +161,13 @@ def _domains(evaluation: Evaluation) -> str:
 
 
 def _gates(evaluation: Evaluation) -> str:
-    """The gates that decide; the others are counted."""
-    decide = [gate for gate in evaluation.gates if gate.hard]
+    """The gates that decide, what stopped it first; the others are counted."""
+    decide = sorted((gate for gate in evaluation.gates if gate.hard), key=lambda gate: _ORDER.index(gate.outcome))
     shown = len(evaluation.gates) - len(decide)
     gate_set = evaluation.gate_set
     told = f"Gate set {_code(str(gate_set['name']))}: {gate_set['data']}, {gate_set['n']} records."
     if shown:
-        told += f" {shown} more gates are only shown, in the whole report."
+        told += f" {shown} more, only shown, are in the whole report."
     lines = ["### Gates", "", "| gate | result | value | must be |", "|---|---|---:|---|"]
     return "\n".join([*lines, *(_gate_row(gate) for gate in decide), "", told])
 
@@ -166,9 +186,8 @@ def _remembered(kept: Memory) -> str:
         return f"{head} It has no ancestor that was judged on this gate set: there is nothing to forget yet."
     lost = ", ".join(f"{_safe(domain)} {100 * value:+.1f}" for domain, value in kept.forgetting.items())
     return (
-        f"{head} Backward transfer, the change since a domain was first judged: {100 * kept.backward_transfer:+.1f} "
-        "points. Forgetting, what the best of its ancestors did better (below zero it is itself the best), in points: "
-        f"{lost}."
+        f"{head} Backward transfer, since a domain was first judged: {100 * kept.backward_transfer:+.1f} points. "
+        f"Forgetting, against the best of its ancestors (below zero: it is the best), in points: {lost}."
     )
 
 
@@ -192,8 +211,8 @@ def _spent(evaluation: Evaluation) -> str:
         f"| epsilon {facts.epsilon:g}, delta {facts.delta:g} | {_safe(facts.unit)} "
         f"| {100 * facts.share_used:.1f}% |\n\n"
         + (f"Promised: {_safe(facts.promise)}. " if facts.promise else "")
-        + "The guarantee was sealed with the blocks and holds over every round that uses them; "
-        "the signed receipt is a tag of this version."
+        + "It holds over every round that uses these blocks. **Rejecting the version gives nothing back**: "
+        "its round is paid for."
     )
 
 
@@ -231,7 +250,7 @@ def _private_row(part: PrivateSlice) -> str:
     return "| " + " | ".join((name, votes, share(part.live), share(part.candidate), cell(part.gain))) + " |"
 
 
-def _origin(revision: str, blocks: Sequence[str], parent: str, base: Base) -> str:
+def _origin(revision: str, blocks: Sequence[str], parent: str, base: Base, round_id: str) -> str:
     shown = ", ".join(_code(block) for block in blocks[:_BLOCKS_SHOWN])
     more = f" and {len(blocks) - _BLOCKS_SHOWN} more" if len(blocks) > _BLOCKS_SHOWN else ""
     return "\n".join(
@@ -240,6 +259,7 @@ def _origin(revision: str, blocks: Sequence[str], parent: str, base: Base) -> st
             "",
             "| | |",
             "|---|---|",
+            *([f"| made by | round {_code(round_id)} |"] if round_id else []),
             f"| data revision | {_code(revision)} |",
             f"| blocks ({len(blocks)}) | {shown}{more} |",
             f"| trained from | {_safe(parent)} |",

@@ -47,7 +47,13 @@ def reports(
         kept=kept,
     )
     summary = version_markdown(
-        evaluation, data_revision=plan.data_revision, blocks=blocks, parent=trained_from, base=base, kept=kept
+        evaluation,
+        data_revision=plan.data_revision,
+        blocks=blocks,
+        parent=trained_from,
+        base=base,
+        round_id=f"{plan.round_id}.{plan.attempt}",
+        kept=kept,
     )
     # Half a character, which an error's message may hold, is no UTF-8.
     found = {PAGE_NAME: version_page(evaluation, origin), SUMMARY_NAME: summary}

@@ -30,7 +30,9 @@ def judged(gate_set, candidate=0.9, facts=FACTS, live="live", scorer=Planted):
 
 
 def report(evaluation, blocks=("b1", "b2"), kept=None):
-    return version_markdown(evaluation, data_revision="d" * 40, blocks=blocks, parent="version 3", base=BASE, kept=kept)
+    return version_markdown(
+        evaluation, data_revision="d" * 40, blocks=blocks, parent="version 3", base=BASE, round_id="r0007.1", kept=kept
+    )
 
 
 def test_the_verdict_is_signed_and_holds_the_contract(gate_set, tmp_path):
@@ -70,8 +72,8 @@ def test_metrics_are_flat_finite_numbers(gate_set):
 def test_the_report_says_it_in_order(gate_set):
     text = report(judged(gate_set))
     heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    assert heads[0].startswith("✅ Passed")
-    assert heads[1:] == ["Against live", "Gates", "What was spent", "Where it comes from", "Not measured"]
+    assert text.startswith("✓ Passed: a person may approve it\n---\n")
+    assert heads == ["Against live", "Gates", "What was spent", "Where it comes from", "Not measured"]
     assert "| epsilon 8, delta 1e-05 | record | 30.0% |" in text
     for part in (
         "SmolLM2-135M-Instruct, licence Apache-2.0",
@@ -80,6 +82,9 @@ def test_the_report_says_it_in_order(gate_set):
         "d" * 40,
         "](accuracy.png)",
         "](report.html)",
+        "of 300 public questions it answers **90% as expected**, what is live now 70%, the bare base 20%.",
+        "Rejecting the version gives nothing back",
+        "round `r0007.1`",
     ):
         assert part in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
@@ -111,7 +116,8 @@ def test_test_noise_promises_nothing(gate_set):
 
 def test_a_failure_says_why_first(gate_set):
     text = report(judged(gate_set, candidate=0.3))
-    assert text.splitlines()[2].startswith("It forgets against live: all records -40.0 points")
+    assert text.startswith("✗ Failed: it cannot be promoted\n---\n\nIt forgets against live: all records -40.0 points")
+    assert text.index("| forgetting | ✗ FAILED |") < text.index("✓ passed")
 
 
 def test_what_an_engine_says_does_not_become_markup(gate_set):
@@ -120,7 +126,7 @@ def test_what_an_engine_says_does_not_become_markup(gate_set):
             raise RuntimeError("<img src=x> | [a](b) `c`")
 
     text = report(judged(gate_set, scorer=Rude), blocks=["b`|<"])
-    assert "❔ Undecided" in text
+    assert "? Undecided" in text
     assert not re.search(r"(?<!\\)<img", text)
     assert "](b)" not in text.replace("\\](b)", "")
     assert "`b__<`" in text
