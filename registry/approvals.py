@@ -37,13 +37,13 @@ from sqlalchemy.pool import NullPool
 
 from privacy.canonical import canonical, sha256_of
 from privacy.errors import PrivacyError
+from registry.canary import CANARY
 from registry.errors import ApprovalsError, ApprovalsTampered
 from registry.states import PRODUCTION
 
 log = structlog.get_logger()
 
 GENESIS = "0" * 64
-CANARY = "canary"
 KINDS = ("promote", "reject", "rollback", "emergency", CANARY)
 # Writers wait for each other; an approval takes milliseconds, so this long means a stuck process.
 LOCK_TIMEOUT_S = 30

@@ -7,6 +7,9 @@ from typing import Any
 
 from registry.errors import PromotionRefused
 
+# The kind of such a decision in the history, the field of its terms, and the tag that carries it to serving.
+CANARY = "canary"
+
 
 @dataclass(frozen=True)
 class Terms:

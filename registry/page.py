@@ -16,8 +16,9 @@ from markupsafe import Markup
 
 from evaluation.markup import Cell, document, items, paragraph, section, table
 from privacy.errors import PrivacyError
-from registry.approvals import CANARY, Approval, Approvals, Verifier
+from registry.approvals import Approval, Approvals, Verifier
 from registry.approvals import standing as standing_of
+from registry.canary import CANARY
 from registry.errors import ApprovalsTampered
 from registry.promotion import pick
 from registry.states import PRODUCTION, ModelVersion, State

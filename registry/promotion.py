@@ -40,9 +40,9 @@ from privacy.errors import PrivacyError
 from privacy.policy import NONE, WITHOUT_PRIVACY
 from privacy.signing import TrustedKeys
 from registry import states
-from registry.approvals import CANARY, Approval, Approvals, Standing, Verifier
+from registry.approvals import Approval, Approvals, Standing, Verifier
 from registry.approvals import standing as standing_of
-from registry.canary import Terms
+from registry.canary import CANARY, Terms
 from registry.errors import PromotionRefused, RegistryError, UnknownVersion
 from registry.fingerprints import Fingerprints
 from registry.states import PRODUCTION, STAGING, Change, ModelVersion, State

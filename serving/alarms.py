@@ -20,7 +20,8 @@ class Alarm:
     """One thing that is wrong.
 
     Attributes:
-        kind: ambiguous, production, approval, adapter, registry, acknowledge, emergency or cache.
+        kind: ambiguous, production, approval, adapter, registry, acknowledge, emergency or cache; canary,
+            stepped_back or shadow beside the live version.
         about: what makes it another alarm of the same kind, such as the version concerned.
         message: name, value, bound, way out, in one line.
         since: UTC, RFC 3339; not compared.

@@ -29,6 +29,7 @@ from serving import wire
 from serving.access import Access, Caller, Scope
 from serving.answer_id import make_answer_id
 from serving.compare import CompareRequest, compare
+from serving.delivery import HEADER, admit
 from serving.engine import Answer, Engine
 from serving.errors import EngineError, RequestRefused, ServingError
 from serving.gate import Gate, caller_of, needs
@@ -38,6 +39,7 @@ from serving.problems import INVALID, error_response
 from serving.replicas import PIN_HEADER, ROUTER_HEADER, router_token
 from serving.reply import EventStream, Reply
 from serving.swap import HotSwap
+from serving.trip import Trip
 
 # A thousand pages of text; anything longer cannot fit a context anyway.
 BODY_BYTES_MAX = 1 << 20
@@ -214,7 +216,9 @@ class _Desk:
                 asked = wire.parse(kind, await _body(request))
                 swap = self.swap(asked.model, caller, "answer")
                 stream = swap.stream
-                served = held.enter_context(swap.lease(self._pin(request)))
+                pin = self._pin(request)
+                trip = held.enter_context(admit(swap, request.headers.get(HEADER), asked.user, pin))
+                served = trip.served
                 version = served.name
                 prompts = await asyncio.to_thread(_prompt_ids, swap.engine, asked)
                 charge = self._charge(caller.limits, prompts, asked, stream)
@@ -222,7 +226,7 @@ class _Desk:
                 reply = Reply(
                     served=served,
                     answer_id=make_answer_id(stream, served.version, self._answer_key, _prefix(route)),
-                    answers=await self._submit(swap.engine, served.adapter, prompts, asked, charge.tokens),
+                    answers=await self._submit(trip, prompts, asked, charge.tokens),
                     prompts=len(prompts),
                     chat=route == "chat",
                     with_usage=asked.usage_in_stream,
@@ -282,14 +286,12 @@ class _Desk:
         limits.take("tokens", charge.taken)
         return charge
 
-    async def _submit(
-        self, engine: Engine, adapter: str | None, prompts: Sequence[list[int]], asked: wire.Request, tokens: int
-    ) -> list[Answer]:
+    async def _submit(self, trip: Trip, prompts: Sequence[list[int]], asked: wire.Request, tokens: int) -> list[Answer]:
         """Queue every choice, or none."""
         answers: list[Answer] = []
         try:
             for prompt, choice in itertools.product(prompts, range(asked.n or 1)):
-                answer = await engine.submit(adapter, prompt, asked.sampling(tokens, choice))
+                answer = await trip.submit(trip.served.adapter, prompt, asked.sampling(tokens, choice))
                 answers.append(answer)
         except BaseException:
             for answer in answers:

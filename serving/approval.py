@@ -10,6 +10,8 @@ from typing import Any
 from privacy.errors import PrivacyError
 from privacy.policy import NONE, WITHOUT_PRIVACY
 from privacy.signing import TrustedKeys
+from registry.canary import CANARY, Terms, parse
+from registry.errors import PromotionRefused
 from registry.states import PRODUCTION
 from serving.errors import ApprovalRefused
 
@@ -52,6 +54,53 @@ class Approval:
     kind: str
     signed: Mapping[str, Any]
     guarantee: str = ""
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A signed decision on a share of the requests for a candidate, with its signature checked.
+
+    Attributes:
+        terms: None: the canary is over.
+        automatic: whether a server ended it by itself.
+    """
+
+    seq: int
+    version: int
+    adapter_sha256: str
+    terms: Terms | None
+    automatic: bool
+    why: str
+
+
+def read_canary(
+    signed: Mapping[str, Any] | str, trusted: TrustedKeys, model: str, *, open_stream: bool = False
+) -> Canary:
+    """Check a signed decision on a canary; the arguments are those of `read_approval`.
+
+    Raises:
+        ApprovalRefused: it is not signed by a trusted key, or for something else.
+    """
+    try:
+        value = json.loads(signed) if isinstance(signed, str) else signed
+        payload = trusted.verify(value)
+        told = payload["canary"]
+        canary = Canary(
+            seq=_whole(payload, "seq"),
+            version=_whole(payload, "version"),
+            adapter_sha256=str(payload["adapter_sha256"]),
+            terms=parse(told) if told["share"] else None,
+            automatic=told.get("automatic") is True,
+            why=str(payload["why"]),
+        )
+        kind, of, guarantee = str(payload["kind"]), str(payload["model"]), str(payload.get("guarantee", ""))
+    except (PrivacyError, PromotionRefused, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ApprovalRefused(f"model={model}: its canary is not valid ({error}); decide it again") from error
+    if kind != CANARY or of != model:
+        raise ApprovalRefused(f"model={model}: seq={canary.seq} is a {kind} of model {of!r}, no canary of this one")
+    if guarantee not in {"", NONE} or (guarantee and not open_stream):
+        raise ApprovalRefused(f"model={model}: version {canary.version} {WITHOUT_PRIVACY}")
+    return canary
 
 
 def read_approval(

@@ -2,6 +2,7 @@
 
 live-STREAM.json       the signed approval that is followed now; its seq is never gone below; one for each replica
 emergency-STREAM.json  a signed approval of kind emergency, left by `tidegate rollback --emergency`
+canary-STREAM.json     the newest decision on a canary that was seen, and one that was stepped back from
 adapters/SHA256/       recent adapters; the name is checked against the content before each use
 """
 
@@ -38,6 +39,7 @@ class LocalCache:
         self._adapters.mkdir(parents=True, exist_ok=True)
         self._live = folder / f"live-{stream}{replica and f'-{replica}'}.json"
         self._emergency = folder / f"emergency-{stream}.json"
+        self._canary = folder / f"canary-{stream}.json"
 
     def live(self) -> Mapping[str, Any] | None:
         """The signed approval that was followed last.
@@ -66,6 +68,22 @@ class LocalCache:
     def end_emergency(self) -> None:
         """Remove the emergency approval: a later decision has overtaken it."""
         self._emergency.unlink(missing_ok=True)
+
+    def canary(self) -> Mapping[str, Any] | None:
+        """What was noted of canaries.
+
+        Raises:
+            SwapError: the file is damaged.
+        """
+        return read_json(self._canary)
+
+    def note_canary(self, noted: Mapping[str, Any]) -> None:
+        """Note it; durable when this returns.
+
+        Raises:
+            SwapError: the disk does not take it.
+        """
+        write_json(self._canary, noted)
 
     def adapter(self, sha256: str) -> Path | None:
         """The folder of a cached adapter whose content is what its name says, or None."""

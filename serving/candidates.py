@@ -63,7 +63,7 @@ class Candidates:
     ) -> None:
         self.stream = stream
         self.engine = engine
-        self._seen, self._prove, self._fetch = seen, prove, fetch
+        self.seen, self._prove, self._fetch = seen, prove, fetch
         self._cache = LocalCache(cache, stream)
         self._idle_seconds = idle_seconds
         self._used_at: dict[Served, float] = {}  # what is resident
@@ -74,7 +74,7 @@ class Candidates:
 
     def waiting(self, version: int | None = None) -> ModelVersion | None:
         """The candidate that waits, the newest if several do; or one of them by its number."""
-        found = [v for v in self._seen() or () if v.stage == STAGING and v.state is State.CANDIDATE]
+        found = [v for v in self.seen() or () if v.stage == STAGING and v.state is State.CANDIDATE]
         if version is not None:
             found = [v for v in found if v.version == version]
         return max(found, key=lambda v: v.version, default=None)
@@ -101,8 +101,12 @@ class Candidates:
         return served
 
     @contextmanager
-    def lease(self, served: Served) -> Iterator[Served]:
+    def lease(self, served: Served, *, used: bool = True) -> Iterator[Served]:
         """Keep a candidate resident until one answer is over.
+
+        Args:
+            served: what `hold` gave.
+            used: whether somebody asked for it: then it stays for a while.
 
         Raises:
             SwapError: it was forgotten meanwhile.
@@ -111,7 +115,8 @@ class Candidates:
             if served not in self._used_at:
                 raise SwapError(f"{served.name}: is no longer resident; ask again")
             self._leases[served] += 1
-            self._used_at[served] = time.monotonic()
+            if used:
+                self._used_at[served] = time.monotonic()
         try:
             yield served
         finally:
@@ -122,7 +127,7 @@ class Candidates:
 
     def release(self, needed: Collection[Served] = ()) -> None:
         """Forget what neither waits nor is asked any more, and is not needed; answers on it finish first."""
-        waiting = {v.version for v in self._seen() or () if v.stage == STAGING and v.state is State.CANDIDATE}
+        waiting = {v.version for v in self.seen() or () if v.stage == STAGING and v.state is State.CANDIDATE}
         now = time.monotonic()
         with self._lock:
             gone = [

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from serving.delivery import Delivery
 from serving.swap import HotSwap
 
 # From a cached label on a fast machine to a long answer on a slow one.
@@ -62,6 +63,34 @@ class _States(Collector):
             for outcome in ("done", "failed"):
                 swapped.add_metric([stream, outcome], swap.counts[outcome])
         yield from (live, ready, waiting, alarms, swapped)
+        yield from _beside({stream: swap.delivery for stream, swap in self._swaps.items() if swap.delivery})
+
+
+def _beside(deliveries: Mapping[str, Delivery]) -> Iterator[Metric]:
+    """Canaries and shadow. What people were answered by a canary counts among the requests, by its version."""
+    share = GaugeMetricFamily("tidegate_canary_share", "Of requests.", labels=["stream", "version"])
+    back = CounterMetricFamily("tidegate_canaries_stepped_back", "Canaries this server ended.", labels=["stream"])
+    shadow = CounterMetricFamily(
+        "tidegate_shadow_answers",
+        "What became of questions put to the candidate in the shadow: same or other text than that of live, drawn by "
+        "chance, failed, or dropped for somebody who asked.",
+        labels=["stream", "version", "outcome"],
+    )
+    seconds = CounterMetricFamily(
+        "tidegate_shadow_seconds",
+        "Of those that are same or other, on both sides.",
+        labels=["stream", "version", "side"],
+    )
+    for stream, delivery in deliveries.items():
+        if delivery.share:
+            share.add_metric([stream, delivery.share[0]], delivery.share[1])
+        back.add_metric([stream], delivery.counts["stepped_back"])
+        if delivery.shadow:
+            for (version, outcome), count in sorted(delivery.shadow.counts.items()):
+                shadow.add_metric([stream, version, outcome], count)
+            for (version, side), spent in sorted(delivery.shadow.seconds.items()):
+                seconds.add_metric([stream, version, side], spent)
+    yield from (share, back, shadow, seconds)
 
 
 def _kinds(swap: HotSwap) -> Iterable[str]:

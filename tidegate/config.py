@@ -282,6 +282,14 @@ class RegistrySettings(_Section):
     keep_previous: Annotated[int, Field(ge=1, le=10_000)] = 10
 
 
+class CanarySettings(_Section):
+    """When a canary is worse than what is live; see serving/comparing.py."""
+
+    false_alarm: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
+    requests_min: Annotated[int, Field(ge=5, le=1000)] = 20
+    latency_ratio: Annotated[float, Field(ge=1, le=100)] = 1.2
+
+
 class ServingSettings(_Section):
     """How answers are made."""
 
@@ -289,6 +297,8 @@ class ServingSettings(_Section):
     batch_max: Annotated[int, Field(ge=1, le=512)] = 16
     queue_max: Annotated[int, Field(ge=1)] = 256
     max_tokens: Annotated[int, Field(ge=1)] = 256
+    shadow: Annotated[float, Field(ge=0, le=1)] = 0.0
+    canary: CanarySettings = CanarySettings()
 
 
 HookEvent = Literal["candidate", "promoted", "rejected", "refused", "rolled_back", "budget_low", "alarm"]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from registry.states import ModelVersion
     from serving.access import Access
     from serving.delivery import Delivery
+    from serving.shadow import Idle
     from serving.swap import HotSwap, Wanted
     from tidegate.wiring import Service
 
@@ -69,9 +70,11 @@ def swaps_of(service: Service, replica: str = "") -> list[HotSwap]:
         replica: which of several servers behind a router; then the router acknowledges, when all run a version.
     """
     from serving.inprocess import InProcessEngine
+    from serving.shadow import Idle
     from serving.swap import HotSwap
 
     engines: dict[tuple[str, str | None], InProcessEngine] = {}
+    idle: dict[tuple[str, str | None], Idle] = {}
     swaps = []
     for stream, settings in service.settings.streams.items():
         shared = (settings.base, settings.learner.system)
@@ -83,6 +86,7 @@ def swaps_of(service: Service, replica: str = "") -> list[HotSwap]:
                 batch_max=settings.serving.batch_max,
                 queue_max=settings.serving.queue_max,
             )
+            idle[shared] = Idle(engines[shared])
         model = service.model(stream)
 
         def fetch(version: int, dest: Path, model: str = model) -> Path:
@@ -108,17 +112,19 @@ def swaps_of(service: Service, replica: str = "") -> list[HotSwap]:
                 replica=replica,
             )
         )
-        swaps[-1].delivery = delivery_of(service, stream, swaps[-1], look, fetch)
+        swaps[-1].delivery = delivery_of(service, stream, swaps[-1], look, fetch, idle[shared])
     return swaps
 
 
 def delivery_of(
-    service: Service, stream: str, swap: HotSwap, look: Look, fetch: Callable[[int, Path], Path]
+    service: Service, stream: str, swap: HotSwap, look: Look, fetch: Callable[[int, Path], Path], idle: Idle
 ) -> Delivery:
     """What goes on beside a stream's live version."""
     from registry.promotion import Trust, proven
     from serving.candidates import Candidates
+    from serving.comparing import Rules
     from serving.delivery import Delivery
+    from serving.shadow import Shadow
 
     model = service.model(stream)
     open_models = [model] if service.is_open(stream) else []
@@ -134,7 +140,24 @@ def delivery_of(
         fetch=fetch,
         cache=service.workspace.serving / stream,
     )
-    return Delivery(candidates, poll_seconds=service.stream(stream).serving.poll_seconds)
+    serving = service.stream(stream).serving
+
+    def step_back(version: int, seq: int, why: str) -> None:
+        service.store.step_back(model, version, seq, why=why, who="tidegate serve")
+
+    return Delivery(
+        swap,
+        candidates,
+        trusted=service.trusted("approvals"),
+        cache=service.workspace.serving / stream,
+        key=service.secret_bytes("answers"),
+        step_back=step_back,
+        model=model,
+        open_stream=bool(open_models),
+        rules=Rules(**serving.canary.model_dump()),
+        shadow=Shadow(candidates, idle, serving.shadow) if serving.shadow else None,
+        poll_seconds=serving.poll_seconds,
+    )
 
 
 def access_of(service: Service) -> Access:

@@ -58,7 +58,15 @@ def world(core, originals, tmp_path):
     candidates = Candidates(
         MODEL, core, seen=waiting.seen, prove=waiting.prove, fetch=waiting.fetch, cache=tmp_path / "cache"
     )
-    swap.delivery = Delivery(candidates, poll_seconds=0.05)
+    swap.delivery = Delivery(
+        swap,
+        candidates,
+        trusted=trusted(registry.signer),
+        cache=tmp_path / "cache",
+        key=b"k" * 32,
+        step_back=lambda *_: None,
+        poll_seconds=0.05,
+    )
     return swap, waiting
 
 
