@@ -31,7 +31,7 @@ class Terms:
 
     def __str__(self) -> str:
         rules = [name for name, on in (("by header", self.header), ("sticky", self.sticky)) if on]
-        return ", ".join([f"{self.share:.3%}".replace(".000%", "%"), *rules])
+        return ", ".join([f"{_percent(self.share)} of the requests", *rules])
 
 
 def parse(value: Any) -> Terms:
@@ -54,3 +54,14 @@ def parse(value: Any) -> Terms:
         if not isinstance(value.get(name, True), bool):
             raise PromotionRefused(f"canary {name}={str(value[name])[:40]}: must be true or false")
     return Terms(float(share), bool(value.get("header", True)), bool(value.get("sticky", True)))
+
+
+def told_of(canary: Mapping[str, Any]) -> str:
+    """What a decision on a canary says, in words."""
+    if canary.get("automatic"):
+        return "stepped back"
+    return f"canary {_percent(float(canary['share']))}" if canary["share"] else "canary ended"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4g}%"

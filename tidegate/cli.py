@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("tidegate.commands.gates", "Run the gates on any version, against what is live. Changes nothing."),
     "versions": ("tidegate.commands.versions", "List a stream's model versions."),
     "approve": ("tidegate.commands.versions", "Approve a candidate: it becomes Production."),
+    "promote": ("tidegate.commands.versions", "Approve in steps: a share of the requests, more, all."),
     "reject": ("tidegate.commands.versions", "Reject a candidate with a reason."),
     "rollback": ("tidegate.commands.versions", "Return to a version that was approved before."),
     "history": ("tidegate.commands.versions", "Who moved which version, when and why (signed)."),

@@ -301,7 +301,9 @@ class ServingSettings(_Section):
     canary: CanarySettings = CanarySettings()
 
 
-HookEvent = Literal["candidate", "promoted", "rejected", "refused", "rolled_back", "budget_low", "alarm"]
+HookEvent = Literal[
+    "candidate", "canary", "stepped_back", "promoted", "rejected", "refused", "rolled_back", "budget_low", "alarm"
+]
 
 
 class HookSettings(_Section):

@@ -2,7 +2,8 @@
 
     candidate               the registry: a version waits for a person
     promoted, rolled_back,  the signed history of approvals
-      rejected
+      rejected, canary,
+      stepped_back
     refused                 the refusals that promotion leaves beside it
     budget_low, alarm       `tidegate status`, once it has stood for a while
 
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from registry.canary import CANARY
 from registry.states import PRODUCTION, waiting
 from tidegate import ancestry, status, webhook
 from tidegate.errors import ConfigError, TidegateError, expected_errors
@@ -287,7 +289,16 @@ def decision(service: Service, stream: str, row: Approval) -> Event:
     """A row of the signed history."""
     number, who = int(row["version"]), row["who"]
     to, kind = str(row["to"]), str(row["kind"])
-    if to == PRODUCTION and kind == "promote":
+    if kind == CANARY:
+        automatic = row["canary"].get("automatic")
+        told = "stepped_back" if automatic else "canary"
+        share = float(row["canary"]["share"])
+        what = (
+            f"Candidate {number} gets {100 * share:.4g}% of the requests"
+            if share
+            else f"Candidate {number} is no canary any more"
+        )
+    elif to == PRODUCTION and kind == "promote":
         told, what = "promoted", f"Version {number} is Production now"
     elif to == PRODUCTION:
         emergency = ", by an emergency approval while the registry is down" if kind == "emergency" else ""
@@ -303,6 +314,7 @@ def decision(service: Service, stream: str, row: Approval) -> Event:
         "from": row["from"],
         "to": to,
         "seq": row["seq"],
+        **({"share": row["canary"]["share"]} if kind == CANARY else {}),
         "sentence": _short(f"{what}: {who}: {row['why'] or 'no reason given'}"),
     }
     return Event(_id(row["key_id"], str(row["seq"]), row["signature"]), stream, told, row["when"], data)

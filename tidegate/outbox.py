@@ -54,7 +54,7 @@ class Event:
 
     Attributes:
         id: made from what happened, so that the same thing found twice is one event.
-        type: candidate, promoted, rejected, refused, rolled_back, budget_low, alarm or test.
+        type: candidate, canary, stepped_back, promoted, rejected, refused, rolled_back, budget_low, alarm or test.
         at: UTC, RFC 3339.
         data: what a receiver is told.
     """

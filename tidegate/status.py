@@ -72,6 +72,11 @@ def _stream(
         "rounds": len({r.round_id for r in service.ledger.rows(name) if r.account == "train"}),
         "answers_with": serving.get("version", "nothing") if serving else "unknown: the server is down",
     }
+    if canary := (serving or {}).get("canary"):
+        row["canary"] = (
+            f"{canary['version']} {100 * canary['share']:.4g}%: {canary['failed']} of {canary['requests']} failed, "
+            f"{canary['live_failed']} of {canary['live_requests']} of live"
+        )
     try:
         versions = service.store.versions(service.model(name))
         trusted = service.trusted("receipts")

@@ -96,7 +96,16 @@ def console(base, folder, *, scale=0.3, **more):
         )
         prove = Waiting(service.keys_dir, registry.folders).prove
         seen = {"seen": lambda: service.made["versions"], "prove": prove, "fetch": registry.fetch}
-        swap.delivery = Delivery(Candidates(STREAM, engine, **seen, cache=folder / "cache"), poll_seconds=0.1)
+        swap.delivery = Delivery(
+            swap,
+            Candidates(STREAM, engine, **seen, cache=folder / "cache"),
+            trusted=TrustedKeys([signer.public]),
+            cache=folder / "cache",
+            key=b"k" * 32,
+            step_back=lambda *_: None,
+            model=MODEL,
+            poll_seconds=0.1,
+        )
         desk = console_of(service, [swap])
         with running(
             [swap],

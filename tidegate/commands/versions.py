@@ -1,4 +1,4 @@
-"""`tidegate versions|approve|reject|rollback|history`: what the registry wants to run, and who said so."""
+"""`tidegate versions|approve|promote|reject|rollback|history`: what the registry wants to run, and who said so."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from registry.canary import CANARY, told_of
 from tidegate import ancestry, memory, output, pruning
 
 _WHO = click.option("--who", default=getpass.getuser, help="Your name, for the signed history.", show_default="login")
@@ -92,6 +93,67 @@ def approve(given: str | None, stream: str, version: int, *, why: str, who: str)
     output.say(f"version {version} of {model} is Production; approval {approval['seq']} signed by {approval['key_id']}")
 
 
+class _Share(click.ParamType[float]):
+    """A share of requests: 10% or 0.1."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """A number of 0 to 1."""
+        try:
+            text = str(value).strip()
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share <= 1:
+            self.fail(f"{value}: must be between 0% and 100%, such as 10% or 0.1", param, ctx)
+        return share
+
+
+@click.command()
+@click.argument("stream")
+@click.argument("version", type=int)
+@click.option(
+    "--canary",
+    "share",
+    type=_Share(),
+    default="100%",
+    metavar="SHARE",
+    help="Of the requests, such as 10%. 0% ends it; the default, 100%, is `tidegate approve`.",
+)
+@click.option("--header/--no-header", default=True, help="Whether a client may choose by x-tidegate-canary.")
+@click.option("--sticky/--no-sticky", default=True, help="Whether a user, by the field `user`, stays on one side.")
+@_WHY
+@_WHO
+@click.pass_obj
+def promote(
+    given: str | None, stream: str, version: int, *, share: float, header: bool, sticky: bool, why: str, who: str
+) -> None:
+    """Promote VERSION of STREAM in steps: a share of the requests as a canary, more of them, then all.
+
+    The checks are those of `tidegate approve`, and the decision is signed the same way; the version stays in Staging
+    until it gets everything. The server steps back by itself when its answers fail more often or come later than those
+    of what is live.
+    """
+    from registry.canary import Terms
+    from tidegate.wiring import open_service
+
+    service = open_service(given)
+    model = service.model(stream)
+    signing: dict[str, Any] = {"approvals": service.approvals(signing=True), "trust": service.trust}
+    if share == 1:
+        row = service.store.promote(model, version, why=why, who=who, **signing)
+        told = "is Production"
+    elif share:
+        terms = Terms(share, header=header, sticky=sticky)
+        row = service.store.canary(model, version, terms, why=why, who=who, **signing)
+        told = f"is a canary: {terms}"
+    else:
+        row = service.store.end_canary(model, version, why=why, who=who, **signing)
+        told = "is no canary any more; it waits"
+    output.say(f"version {version} of {model} {told}; approval {row['seq']} signed by {row['key_id']}")
+
+
 @click.command()
 @click.argument("stream")
 @click.argument("version", type=int)
@@ -146,6 +208,8 @@ def history(given: str | None, stream: str, *, want_json: bool) -> None:
         return
     columns = ("seq", "when", "who", "kind", "version", "from", "to", "why")
     for row in rows:
+        if row["kind"] == CANARY:
+            row["kind"] = told_of(row["canary"])
         if row.get("guarantee") == "none":
             row["kind"] += ", without privacy"
     output.table(f"history of {stream} (verified)", columns, [[r[c] for c in columns] for r in rows])
