@@ -7,6 +7,7 @@ steps (continuous batching: Yu et al. 2022, 'Orca').
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -26,11 +27,16 @@ class Slots:
     Args:
         decoder: the model.
         rows_max: most answers at once.
+        opening: token ids that most prompts begin with, such as those of a system prompt: run once for each adapter.
     """
 
-    def __init__(self, decoder: Decoder, rows_max: int) -> None:
+    def __init__(self, decoder: Decoder, rows_max: int, opening: Sequence[int] = ()) -> None:
         self._decoder = decoder
         self._rows_max = rows_max
+        self._opening = list(opening)
+        # By adapter, as long as somebody holds it: keys and values of the opening, (depth, K, T, D) each.
+        self._opened: WeakKeyDictionary[Resident, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+        self._opened_bare: tuple[Tensor, Tensor] | None = None
         self._keys = self._values = torch.empty(0)
         self.clear()
 
@@ -46,33 +52,58 @@ class Slots:
         self._groups: Groups = []
         self._width = 0
 
+    def opens(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt begins with the opening and goes on."""
+        length = len(self._opening)
+        return 0 < length < len(prompt) and list(prompt[:length]) == self._opening
+
     def add(self, prompts: Sequence[Sequence[int]], adapters: Sequence[Resident | None]) -> Tensor:
-        """Run new prompts; they become the last rows.
+        """Run new prompts; they become the last rows. Their opening is not run again if all of them have it.
 
         Returns:
             (n, V) logits behind each prompt.
         """
         first, count, longest = self.rows, len(prompts), max(map(len, prompts))
+        opened = [self._open(adapter) for adapter in adapters] if all(map(self.opens, prompts)) else []
+        skip = len(self._opening) if opened else 0
         self._reserve(longest)
-        ids = torch.zeros(count, longest, dtype=torch.long)
+        for row, (keys, values) in enumerate(opened, start=first):
+            self._keys[:, row, :, :skip] = keys
+            self._values[:, row, :, :skip] = values
+        ids = torch.zeros(count, longest - skip, dtype=torch.long)
         for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = torch.tensor(prompt)
+            ids[row, : len(prompt) - skip] = torch.tensor(prompt[skip:])
         # Padding stands behind the prompt: what comes later is never seen, so one mask serves every row.
-        mask = fold_mask(torch.ones(1, longest, longest, dtype=torch.bool).tril(), self._decoder)
+        mask = fold_mask(torch.ones(1, longest - skip, longest, dtype=torch.bool).tril(skip), self._decoder)
+        here = slice(first, first + count)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._keys[layer, first : first + count, :, :longest] = k
-            self._values[layer, first : first + count, :, :longest] = v
-            return attention(q, k, v, mask)
+            self._keys[layer, here, :, skip:longest] = k
+            self._values[layer, here, :, skip:longest] = v
+            return attention(q, self._keys[layer, here, :, :longest], self._values[layer, here, :, :longest], mask)
 
-        positions = torch.arange(longest).unsqueeze(0)
+        positions = torch.arange(skip, longest).unsqueeze(0)
         groups = group_rows(adapters)
         hidden = self._decoder.run(self._decoder.embed(ids), positions, groups, attend)
         self._lengths += [len(prompt) for prompt in prompts]
         self._adapters += adapters
         self._groups = group_rows(self._adapters)
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        last = torch.tensor([len(prompt) - skip - 1 for prompt in prompts])
         return self._decoder.logits(hidden[torch.arange(count), last], groups)
+
+    def _open(self, adapter: Resident | None) -> tuple[Tensor, Tensor]:
+        """Keys and values of the opening under an adapter."""
+        known = self._opened_bare if adapter is None else self._opened.get(adapter)
+        if known is None:
+            alone = Slots(self._decoder, 1)
+            alone.add([self._opening], [adapter])
+            length = len(self._opening)
+            known = alone._keys[:, 0, :, :length].clone(), alone._values[:, 0, :, :length].clone()
+            if adapter is None:
+                self._opened_bare = known
+            else:
+                self._opened[adapter] = known
+        return known
 
     def adopt(self, keys: Tensor, values: Tensor, adapter: Resident | None) -> None:
         """Take in an answer that was begun elsewhere, by its keys and values (depth, K, T, D), as the last row."""

@@ -47,8 +47,10 @@ Event = Piece | Finish | EngineError
 WINDOW_S = 0.002
 # Padded tokens of prompts run together; answers being written wait for at most one such pass.
 JOIN_TOKENS = 1024
-# A probe stalls the others for one pass of its prompt: few tokens cost hardly more than a step.
-PROBE_TEXT = "ping, pong"
+# It also runs the opening of all conversations under a new adapter, so that no question has to wait for that.
+PROBE = ({"role": "user", "content": "ping"},)
+# Shorter openings are not worth keeping.
+OPENING_TOKENS_MIN = 8
 PROBE_STEPS = 3
 # A thread that computes lets go of the interpreter at every operation, and waits so long to have it back from one that
 # does not, as when a swap reads an adapter or the API a request. Python's 5 ms would make a step of 600 operations last
@@ -173,7 +175,7 @@ class InProcessEngine:
         self.context_max = min(context_max, self._decoder.context)
         self._residents: dict[str, Resident] = {}
         self._scorer = Scorer(self._decoder, frozenset(self._ends))
-        self._slots = Slots(self._decoder, batch_max)
+        self._slots = Slots(self._decoder, batch_max, self._opening())
         self._active: list[_Writing] = []
         self._waiting: deque[_Writing] = deque()
         self._jobs: deque[Callable[[], None]] = deque()
@@ -231,7 +233,7 @@ class InProcessEngine:
             UnknownAdapter: no such adapter is resident.
         """
         events: SimpleQueue[Event] = SimpleQueue()
-        writing = _Writing(self._adapter(name), self.text_ids(PROBE_TEXT), Sampling(PROBE_STEPS), events.put)
+        writing = _Writing(self._adapter(name), self.render(PROBE), Sampling(PROBE_STEPS), events.put)
         writing.alone = True
         with self._wake:
             self._enqueue(writing, first=True)
@@ -430,6 +432,12 @@ class InProcessEngine:
                 progress(done, likelihoods.size)
         return likelihoods, greedy
 
+    def _opening(self) -> list[int]:
+        """The token ids that a conversation begins with whatever the user says; none when there are hardly any."""
+        one, other = (self.render([{"role": "user", "content": text}]) for text in ("a", "7"))
+        length = next(at for at, (mine, theirs) in enumerate(zip(one, other, strict=False)) if mine != theirs)
+        return one[:length] if length >= OPENING_TOKENS_MIN else []
+
     # Between threads
 
     def _adapter(self, name: str | None) -> Resident | None:
@@ -523,7 +531,7 @@ class InProcessEngine:
         with self._wake:
             longest = 0
             while self._waiting and len(self._active) + len(joining) < self._batch_max:
-                if joining and (joining[0].alone or self._waiting[0].alone):
+                if joining and not self._alike(joining[0], self._waiting[0]):
                     break
                 longest = max(longest, len(self._waiting[0].prompt_ids))
                 if joining and longest * (len(joining) + 1) > JOIN_TOKENS:
@@ -544,6 +552,12 @@ class InProcessEngine:
             return
         self._active += joining
         self._take(first, logits)
+
+    def _alike(self, one: _Writing, other: _Writing) -> bool:
+        """Whether two prompts are run in one pass."""
+        if one.alone or other.alone:
+            return False
+        return self._slots.opens(one.prompt_ids) == self._slots.opens(other.prompt_ids)
 
     def _drop_overdue(self) -> None:
         """Tell those whose time is over before they were begun."""
