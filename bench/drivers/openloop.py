@@ -19,47 +19,90 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-
-import httpx
+from urllib.parse import urlsplit
 
 TIMEOUT_S = 120
+# Servers hang up on idle connections after some seconds; older ones are not used again.
+IDLE_S = 2.0
 
 
-async def ask(client: httpx.AsyncClient, plan: dict[str, Any], due_s: float, number: int) -> dict[str, Any]:
+class Connections:
+    """Kept-alive connections to one server; a client library costs the machine more than a small model's answer.
+
+    Args:
+        url: http://HOST:PORT.
+        bodies: what may be asked.
+    """
+
+    def __init__(self, url: str, bodies: list[Any]) -> None:
+        parts = urlsplit(url)
+        self._host, self._port = str(parts.hostname), int(parts.port or 80)
+        self._requests = []
+        for body in bodies:
+            text = json.dumps(body).encode()
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {self._host}\r\ncontent-type: application/json\r\n"
+            self._requests.append(f"{head}content-length: {len(text)}\r\n\r\n".encode() + text)
+        self._idle: list[tuple[float, asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def post(self, number: int) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of the answer to one of the bodies.
+
+        Raises:
+            OSError, asyncio.IncompleteReadError: the connection broke.
+        """
+        while self._idle and time.monotonic() - self._idle[0][0] > IDLE_S:
+            self._idle.pop(0)[2].close()
+        if self._idle:
+            _, reader, writer = self._idle.pop()
+        else:
+            reader, writer = await asyncio.open_connection(self._host, self._port)
+        try:
+            writer.write(self._requests[number])
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+            headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])}
+            body = await reader.readexactly(int(headers["content-length"]))
+        except BaseException:
+            writer.close()
+            raise
+        self._idle.append((time.monotonic(), reader, writer))
+        return int(head[0].split()[1]), headers, body
+
+
+async def ask(connections: Connections, due_s: float, number: int) -> dict[str, Any]:
     """One request, from when it is due."""
     await asyncio.sleep(due_s - time.monotonic())
     row: dict[str, Any] = {"due_s": due_s, "body": number, "status": 0, "version": "", "said": ""}
     try:
-        reply = await client.post(f"{plan['url']}/v1/chat/completions", json=plan["bodies"][number])
-        row["status"] = reply.status_code
-        if reply.status_code == httpx.codes.OK:
-            answer = reply.json()
+        row["status"], headers, body = await asyncio.wait_for(connections.post(number), TIMEOUT_S)
+        row["done_s"] = time.monotonic()
+        if row["status"] == 200:
+            answer = json.loads(body)
             row["said"] = answer["choices"][0]["message"]["content"]
-            if answer["tidegate"]["version"] == reply.headers["x-tidegate-version"]:
+            if answer["tidegate"]["version"] == headers["x-tidegate-version"]:
                 row["version"] = answer["tidegate"]["version"]
-    except httpx.HTTPError as error:
+    except (OSError, EOFError, TimeoutError, LookupError, ValueError) as error:
         row["error"] = repr(error)
-    return {**row, "done_s": time.monotonic()}
+    return {"done_s": time.monotonic(), **row}
 
 
-async def without_pause(client: httpx.AsyncClient, plan: dict[str, Any], first: int) -> list[dict[str, Any]]:
+async def without_pause(connections: Connections, first: int, count: int, until_s: float) -> list[dict[str, Any]]:
     """One client that asks until the end."""
     rows = []
     number = first
-    while time.monotonic() < plan["until_s"]:
-        rows.append(await ask(client, plan, time.monotonic(), number % len(plan["bodies"])))
+    while time.monotonic() < until_s:
+        rows.append(await ask(connections, time.monotonic(), number % count))
         number += 1
     return rows
 
 
 async def drive(plan: dict[str, Any]) -> list[dict[str, Any]]:
     """All answers."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    async with httpx.AsyncClient(timeout=TIMEOUT_S, limits=limits) as client:
-        if "due_s" in plan:
-            return list(await asyncio.gather(*(ask(client, plan, *due) for due in plan["due_s"])))
-        clients = [without_pause(client, plan, number) for number in range(plan["clients"])]
-        return [row for rows in await asyncio.gather(*clients) for row in rows]
+    connections = Connections(plan["url"], plan["bodies"])
+    if "due_s" in plan:
+        return list(await asyncio.gather(*(ask(connections, *due) for due in plan["due_s"])))
+    count, until_s = len(plan["bodies"]), plan["until_s"]
+    clients = [without_pause(connections, number, count, until_s) for number in range(plan["clients"])]
+    return [row for rows in await asyncio.gather(*clients) for row in rows]
 
 
 def main() -> None:
