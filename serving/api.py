@@ -151,7 +151,8 @@ def _add_errors(app: FastAPI) -> None:
     async def unrouted(request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
         message = f"{request.method} {request.url.path[:200]}: no such route; see /openapi.json"
-        return JSONResponse(wire.error_body(message, kind=INVALID, code="unknown_url"), status)
+        body = wire.error_body(message, kind=INVALID, code="unknown_url")
+        return JSONResponse(body, status, getattr(error, "headers", None))  # which methods a route allows
 
 
 class _Desk:
@@ -230,6 +231,7 @@ class _Desk:
                     prompts=len(prompts),
                     chat=route == "chat",
                     with_usage=asked.usage_in_stream,
+                    logprobs=asked.logprobs_asked,
                     began_s=began,
                 )
                 charge.reply = reply

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 
 from serving import wire
 from serving.errors import (
+    AnswerTimeout,
     EngineDown,
     KeysUnreadable,
     NotReady,
@@ -49,6 +50,8 @@ def error_response(error: Exception, *, browser: bool = False) -> JSONResponse:
     elif isinstance(error, TooFast):
         kind, code, status = error.kind, "rate_limit_exceeded", 429
         headers = {**error.headers, **_when(error.retry_after_s)}
+    elif isinstance(error, AnswerTimeout):
+        code, status = "timeout", 504
     elif isinstance(error, NotReady):
         code, status, headers = "not_ready", 503, {"retry-after": "1", ELSEWHERE_HEADER: "not-ready"}
     elif isinstance(error, VersionElsewhere):

@@ -13,7 +13,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from serving import wire
-from serving.engine import Answer, Finish, Piece
+from serving.engine import Answer, Finish, Piece, Token
 from serving.errors import EngineError
 from serving.swap import Served
 
@@ -27,6 +27,7 @@ class Reply:
         prompts: how many prompts there are.
         chat: chat form, else completion form.
         with_usage: whether a stream ends with a usage chunk.
+        logprobs: how many likely tokens are told beside each; None: no probabilities.
     """
 
     served: Served
@@ -35,6 +36,7 @@ class Reply:
     prompts: int
     chat: bool
     with_usage: bool
+    logprobs: int | None = None
     began_s: float = field(default_factory=time.monotonic)
     first_s: float | None = None
     finishes: dict[int, Finish] = field(default_factory=dict)
@@ -61,11 +63,16 @@ class Reply:
             EngineError: a choice could not be finished.
         """
         texts = [""] * len(self.answers)
+        tokens: list[list[Token]] = [[] for _ in self.answers]
         async for index, event in self._events():
             if isinstance(event, Piece):
                 texts[index] += event.text
+                tokens[index] += event.tokens
         make = wire.chat_choice if self.chat else wire.text_choice
-        choices = [make(index, text, self.finishes[index].reason) for index, text in enumerate(texts)]
+        choices = [
+            make(index, text, self.finishes[index].reason, self._logprobs(tokens[index], 0))
+            for index, text in enumerate(texts)
+        ]
         body = self._frame("chat.completion" if self.chat else "text_completion", choices)
         return {**body, "usage": self.usage()}
 
@@ -88,11 +95,19 @@ class Reply:
             yield "data: [DONE]\n\n"
 
     def _choice(self, index: int, event: Piece | Finish) -> dict[str, Any]:
-        text = event.text if isinstance(event, Piece) else ""
-        reason = event.reason if isinstance(event, Finish) else None
-        if not self.chat:
-            return wire.text_choice(index, text, reason)
-        return wire.chat_delta(index, {} if reason else {"content": text}, reason)
+        if isinstance(event, Finish):
+            return wire.chat_delta(index, {}, event.reason) if self.chat else wire.text_choice(index, "", event.reason)
+        logprobs = self._logprobs(event.tokens, self._written[index])
+        self._written[index] += len(event.text)
+        if self.chat:
+            return wire.chat_delta(index, {"content": event.text}, None, logprobs)
+        return wire.text_choice(index, event.text, None, logprobs)
+
+    def _logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any] | None:
+        """Probabilities in the form of this route; None when nobody asked."""
+        if self.logprobs is None:
+            return None
+        return wire.chat_logprobs(tokens) if self.chat else wire.text_logprobs(tokens, offset, self.logprobs)
 
     def _chunk(self, kind: str, choices: list[dict[str, Any]]) -> str:
         frame = self._frame(kind, choices)
@@ -112,6 +127,7 @@ class Reply:
 
     def __post_init__(self) -> None:
         self._created = int(time.time())
+        self._written = [0] * len(self.answers)  # characters of each answer in the chunks so far
 
     async def _events(self) -> AsyncIterator[tuple[int, Piece | Finish]]:
         """Events of all choices as they come."""

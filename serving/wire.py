@@ -7,17 +7,22 @@ Messages about a wrong request name the field and the bound, and never repeat a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import codecs
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from serving.engine import Finish, Sampling
+from serving.engine import LOGPROBS_MAX, Finish, Likelihood, Sampling, Token
 from serving.errors import RequestRefused
 
 MESSAGES_MAX = 1000
 CHOICES_MAX = 16
 STOPS_MAX = 4
+# OpenAI's bound for completions; chat has LOGPROBS_MAX.
+TEXT_LOGPROBS_MAX = 5
+# JSON has no infinity; OpenAI writes this for what has no probability.
+_LOGPROB_MIN = -9999.0
 _R = TypeVar("_R", bound=BaseModel)
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -101,7 +106,13 @@ class Request(_Strict):
             top_p=1.0 if self.top_p is None else self.top_p,
             seed=None if self.seed is None else (self.seed + choice) % 2**63,
             stop=stop,
+            logprobs=self.logprobs_asked,
         )
+
+    @property
+    def logprobs_asked(self) -> int | None:
+        """How many likely tokens to tell beside each of an answer; None: no probabilities at all."""
+        return None
 
     @property
     def tokens_asked(self) -> int | None:
@@ -119,8 +130,8 @@ class ChatRequest(Request):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES_MAX)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=LOGPROBS_MAX)] | None = None
     response_format: TextFormat | None = None
     modalities: list[Literal["text"]] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
@@ -132,10 +143,21 @@ class ChatRequest(Request):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: is only allowed when logprobs is true")
+        return self
+
     @property
     def tokens_asked(self) -> int | None:
         """The newer name wins."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def logprobs_asked(self) -> int | None:
+        """Asked for by one field, counted by another."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionRequest(Request):
@@ -144,8 +166,13 @@ class CompletionRequest(Request):
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=CHOICES_MAX)]
     echo: Literal[False] | None = None
     suffix: Literal[""] | None = None
-    logprobs: None = None
+    logprobs: Annotated[int, Field(ge=0, le=TEXT_LOGPROBS_MAX)] | None = None
     best_of: Literal[1] | None = None
+
+    @property
+    def logprobs_asked(self) -> int | None:
+        """Asked for and counted by one field."""
+        return self.logprobs
 
     @property
     def prompts(self) -> list[str]:
@@ -200,17 +227,58 @@ def error_body(message: str, *, kind: str, param: str | None = None, code: str |
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def chat_choice(index: int, text: str, reason: str) -> dict[str, Any]:
+def chat_choice(index: int, text: str, reason: str, logprobs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """One choice of a whole chat answer."""
     message = {"role": "assistant", "content": text, "refusal": None}
-    return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
 
-def chat_delta(index: int, delta: Mapping[str, Any], reason: str | None = None) -> dict[str, Any]:
+def chat_delta(
+    index: int, delta: Mapping[str, Any], reason: str | None = None, logprobs: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """One choice of a chat chunk."""
-    return {"index": index, "delta": dict(delta), "logprobs": None, "finish_reason": reason}
+    return {"index": index, "delta": dict(delta), "logprobs": logprobs, "finish_reason": reason}
 
 
-def text_choice(index: int, text: str, reason: str | None = None) -> dict[str, Any]:
+def text_choice(
+    index: int, text: str, reason: str | None = None, logprobs: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """One choice of a completion, whole or chunk."""
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+
+def chat_logprobs(tokens: Sequence[Token]) -> dict[str, Any]:
+    """Probabilities of a chat answer's tokens."""
+    content = [{**_likelihood(token), "top_logprobs": [_likelihood(top) for top in token.top]} for token in tokens]
+    return {"content": content, "refusal": None}
+
+
+def text_logprobs(tokens: Sequence[Token], offset: int, asked: int) -> dict[str, Any]:
+    """Probabilities of a completion's tokens.
+
+    Args:
+        tokens: of the answer, or of one piece of a stream.
+        offset: characters of the answer before them; `text_offset` counts from the answer's beginning.
+        asked: how many likely tokens were asked for; the chosen one is told beside them.
+    """
+    offsets = []
+    decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(decoder.decode(token.raw))
+    return {
+        "tokens": [token.text for token in tokens],
+        "token_logprobs": [_finite(token.logprob) for token in tokens],
+        "top_logprobs": [{top.text: _finite(top.logprob) for top in (*token.top, token)} for token in tokens]
+        if asked
+        else None,
+        "text_offset": offsets,
+    }
+
+
+def _likelihood(token: Likelihood) -> dict[str, Any]:
+    return {"token": token.text, "logprob": _finite(token.logprob), "bytes": list(token.raw)}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LOGPROB_MIN)

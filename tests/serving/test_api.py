@@ -171,6 +171,45 @@ def test_messages_in_parts_with_system_and_developer_roles(client, core):
     assert answer.usage.prompt_tokens == len(expected)
 
 
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_chat_tells_how_likely_each_token_was(client, prompt):
+    whole = chat(client, prompt, logprobs=True, top_logprobs=3)
+    content = whole.choices[0].logprobs.content
+    assert len(content) == 12
+    spelt = b"".join(bytes(token.bytes) for token in content)
+    assert spelt.decode(errors="ignore") == whole.choices[0].message.content.replace("\ufffd", "")
+    for token in content:
+        assert token.logprob == max(top.logprob for top in token.top_logprobs)  # it was greedy
+        assert len(token.top_logprobs) == 3
+    chunks = [
+        chunk.choices[0]
+        for chunk in chat(client, prompt, logprobs=True, top_logprobs=3, stream=True)
+        if chunk.choices[0].logprobs
+    ]
+    streamed = [token for chunk in chunks for token in chunk.logprobs.content]
+    assert [token.token for token in streamed] == [token.token for token in content]
+    assert [token.logprob for token in streamed] == pytest.approx([token.logprob for token in content], abs=1e-4)
+    assert all(token.top_logprobs == [] for token in chat(client, logprobs=True).choices[0].logprobs.content)
+    assert chat(client).choices[0].logprobs is None
+
+
+def test_completions_tell_how_likely_each_token_was(client):
+    asked = {"model": MODEL, "prompt": PROMPTS[0], "max_tokens": 8, "temperature": 0, "logprobs": 2}
+    told = client.completions.create(**asked).choices[0]
+    chosen = told.logprobs
+    assert len(chosen.tokens) == len(chosen.token_logprobs) == len(chosen.top_logprobs) == 8
+    assert chosen.text_offset[0] == 0
+    for token, logprob, top in zip(chosen.tokens, chosen.token_logprobs, chosen.top_logprobs, strict=True):
+        assert top[token] == logprob == max(top.values())
+        assert 2 <= len(top) <= 3
+    chunks = [chunk.choices[0].logprobs for chunk in client.completions.create(**asked, stream=True)]
+    assert [token for part in chunks if part for token in part.tokens] == chosen.tokens
+    assert [offset for part in chunks if part for offset in part.text_offset] == chosen.text_offset
+    bare = client.completions.create(**{**asked, "logprobs": 0}).choices[0].logprobs
+    assert bare.top_logprobs is None
+    assert bare.token_logprobs == pytest.approx(chosen.token_logprobs, abs=1e-4)
+
+
 def test_stop_texts(client):
     whole = chat(client).choices[0].message.content
     cut = chat(client, stop=[whole[3:6], "never said"])
@@ -202,7 +241,8 @@ def test_models(client):
             "type",
         ),
         ({"stop": ["a"] * 5}, "stop", "at most 4"),
-        ({"logprobs": True}, "logprobs", "logprobs=True"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "top_logprobs=21"),
+        ({"top_logprobs": 1}, None, "only allowed when logprobs"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "at most 0"),
         ({"response_format": {"type": "json_object"}}, "response_format", "text"),
         ({"frequency_penalty": 1.0}, "frequency_penalty", "frequency_penalty=1.0"),
