@@ -30,9 +30,10 @@ from serving.access import Access, Caller, Scope
 from serving.answer_id import make_answer_id
 from serving.compare import CompareRequest, compare
 from serving.delivery import HEADER, admit
+from serving.describe import described
 from serving.engine import Answer, Engine
 from serving.errors import EngineError, RequestRefused, ServingError
-from serving.gate import Gate, caller_of, needs
+from serving.gate import Gate, caller_of, classified, needs
 from serving.limits import Limits
 from serving.metrics import Metrics
 from serving.problems import INVALID, error_response
@@ -74,16 +75,17 @@ def create_app(
         redoc_url=None,
         openapi_url=None,  # a route of ours, with a scope
     )
-    app.add_middleware(Gate, access=access or Access())
+    access = access or Access()
+    app.add_middleware(Gate, access=access)
     desk = _Desk({swap.stream: swap for swap in swaps}, answer_key, max_tokens or {})
-    _add_answers(app, desk)
+    _add_answers(app, desk, with_keys=access.required)
     _add_probes(app, desk)
     _add_errors(app)
     app.router.routes.extend(routes)
     return app
 
 
-def _add_answers(app: FastAPI, desk: _Desk) -> None:
+def _add_answers(app: FastAPI, desk: _Desk, *, with_keys: bool) -> None:
     kinds = (wire.ChatRequest, wire.CompletionRequest, CompareRequest)
     chat_schema, completion_schema, compare_schema, parts = _schemas(*kinds)
 
@@ -107,12 +109,11 @@ def _add_answers(app: FastAPI, desk: _Desk) -> None:
     async def model(stream: str, request: Request) -> dict[str, Any]:
         return desk.model(desk.swap(stream, caller_of(request), "read", "answer"))
 
-    described = app.openapi
+    described_by_fastapi = app.openapi
 
     def openapi() -> dict[str, Any]:
-        schema = described()
-        schema.setdefault("components", {}).setdefault("schemas", {}).update(parts)
-        return schema
+        scopes = {(method, path): needed or () for method, path, needed in classified(app)}
+        return described(described_by_fastapi(), parts, scopes, with_keys=with_keys)
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
 
@@ -258,13 +259,18 @@ class _Desk:
 
     async def compare(self, request: Request) -> Response:
         """Live and the candidate that waits, side by side."""
+        limits = caller_of(request).limits
         try:
             asked = wire.parse(CompareRequest, await _body(request))
             swap = self.swap(asked.stream, caller_of(request), "candidate")
+            limits.take("tokens", 0)  # not while in debt
             whole = compare(asked, swap, self._max_tokens.get(swap.stream, MAX_TOKENS))
             told = await _unless_gone(request, whole)
         except ClientDisconnect:
             told = None
+        if told is not None:
+            used = sum(told[side].get("usage", {}).get("total_tokens", 0) for side in ("live", "candidate"))
+            limits.give_back("tokens", -used)
         return Response(status_code=CLIENT_GONE) if told is None else JSONResponse(told)
 
     def _charge(self, limits: Limits, prompts: Sequence[list[int]], asked: wire.Request, stream: str) -> _Charge:

@@ -9,13 +9,17 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from serving import wire
 from serving.engine import Answer, Finish, Piece, Token
 from serving.errors import EngineError
 from serving.swap import Served
+
+# A reader this slow reads no more: what the network holds is minutes of text already.
+STALLED_S_MAX = 60.0
 
 
 @dataclass
@@ -176,9 +180,17 @@ class EventStream(StreamingResponse):
         self._ended = ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream."""
+        """Send the stream; who reads nothing for long has hung up, and holds no version for ever."""
+
+        async def bounded(message: Message) -> None:
+            try:
+                async with asyncio.timeout(STALLED_S_MAX):
+                    await send(message)
+            except TimeoutError:
+                raise ClientDisconnect from None
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, bounded)
         finally:
             self._ended()
 

@@ -17,6 +17,7 @@ from starlette.routing import BaseRoute
 
 from serving.access import Access, is_loopback
 from serving.api import create_app
+from serving.connection import HEAD_BYTES_MAX, Connection
 from serving.errors import ServingError
 from serving.gate import check_classified
 from serving.swap import HotSwap
@@ -182,5 +183,13 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
 def _config(app: Any) -> uvicorn.Config:
     # No access log: a line a request says nothing the metrics do not. No logging set-up: that is the application's.
     return uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S, server_header=False, lifespan="off"
+        app,
+        http=Connection,
+        ws="none",
+        h11_max_incomplete_event_size=HEAD_BYTES_MAX,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=GRACE_S,
+        server_header=False,
+        lifespan="off",
     )

@@ -1,10 +1,16 @@
 """A server with two streams for the tests of the API: `desk` on an approved version, `bare` on the base."""
 
+import signal
+import sys
+import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
+import structlog
 
+from learner.base import prepare_base
 from privacy.signing import SigningKey
 from serving.server import running
 from serving.swap import HotSwap
@@ -35,3 +41,23 @@ def served(engine, adapter, folder, **more):
             assert time.monotonic() < end
             time.sleep(0.05)
         yield url
+
+
+def main(base, adapter, folder):
+    """Serve until a signal; the first line of output is the address. Answers are short: many requests, small cost."""
+    from serving.inprocess import InProcessEngine
+
+    ending = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ending.set())
+    folder = Path(folder)
+    with (
+        InProcessEngine(prepare_base(base, folder / "bases"), batch_max=8, queue_max=64, context_max=512) as engine,
+        served(engine, Path(adapter), folder, max_tokens={MODEL: 4, "bare": 4}) as url,
+    ):
+        print(url, flush=True)  # noqa: T201 - whoever started it reads it
+        ending.wait()
+
+
+if __name__ == "__main__":
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    main(*sys.argv[1:])
