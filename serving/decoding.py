@@ -169,6 +169,10 @@ class Slots:
         self._keys, self._values, self._width = keys, values, width
 
 
+# Far below what changes anything, far above where a float32 becomes 0.
+_TEMPERATURE_MIN = 1e-20
+
+
 def choose(
     logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator | None]
 ) -> list[int | None]:
@@ -198,10 +202,12 @@ def likelihoods(logits: Tensor, token: int, count: int) -> tuple[float, list[tup
 
 def _sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> int:
     """One token by temperature and nucleus, from (V,) logits."""
-    # The largest logit first: divided by a tiny temperature it would overflow.
-    p = ((logits - logits.max()) / sampling.temperature).softmax(dim=-1)
+    # The largest logit first: divided by a tiny temperature it would overflow. A temperature that is 0 as a float32
+    # would make it NaN.
+    p = ((logits - logits.max()) / max(sampling.temperature, _TEMPERATURE_MIN)).softmax(dim=-1)
     if sampling.top_p < 1:
         sorted_p, order = p.sort(descending=True)
-        sorted_p[sorted_p.cumsum(dim=0) - sorted_p >= sampling.top_p] = 0  # the first always stays
+        mass_before = sorted_p.cumsum(dim=0) - sorted_p
+        sorted_p[1:][mass_before[1:] >= sampling.top_p] = 0  # the first stays, also where top_p is 0 as a float32
         return int(order[torch.multinomial(sorted_p, 1, generator=generator)])
     return int(torch.multinomial(p, 1, generator=generator))

@@ -49,11 +49,9 @@ def _responses(method: str, path: str, found: Mapping[str, Any], *, keyed: bool)
         answers["503"] = {"description": "Not now.", "content": content}
     errors = {"403": _ERRORS["403"], **({s: _ERRORS[s] for s in ("401", "429", "500", "503")} if keyed else {})}
     if method == "post":
-        errors |= {status: _ERRORS[status] for status in ("400", "404", "408", "413", "504")}
+        errors |= {status: _ERRORS[status] for status in ("400", "404", "408", "409", "413", "504")}
     if "{" in path:
         errors["404"] = _ERRORS["404"]
-    if path == "/tidegate/compare":
-        errors["409"] = _ERRORS["409"]
     for status, description in errors.items():
         form = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
         answers.setdefault(status, {"description": description, "content": form})
@@ -99,7 +97,7 @@ _ERRORS = {
     "403": "The key is not for this, or the request came by a page of another place.",
     "404": "There is no such model.",
     "408": "The body did not come in time.",
-    "409": "The candidate may not answer anybody.",
+    "409": "The candidate may not answer anybody, or another server has the version that was asked for.",
     "413": "The body is too large.",
     "429": "Too fast, or too many wait; `retry-after` says when to come back.",
     "500": "The server failed.",

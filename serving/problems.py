@@ -16,6 +16,7 @@ from serving.errors import (
     PromptTooLong,
     QueueFull,
     RequestRefused,
+    ServingError,
     TooFast,
     Unauthorised,
     VersionElsewhere,
@@ -35,35 +36,41 @@ def error_response(error: Exception, *, browser: bool = False) -> JSONResponse:
         browser: a person looks at it in a browser, which then asks for the key.
     """
     text = str(error)
-    kind, param, code, status = "server_error", None, None, 500
-    headers: dict[str, str] = {}
     if isinstance(error, RequestRefused):
-        kind, param, code, status = INVALID, error.param, error.code, error.status
-        if isinstance(error, Unauthorised):
-            scheme = 'Basic realm="tidegate: any name, the API key as password", charset="UTF-8"'
-            headers = {"www-authenticate": scheme if browser else 'Bearer realm="tidegate"'}
-    elif isinstance(error, PromptTooLong):
-        kind, code, status = INVALID, "context_length_exceeded", 400
-    elif isinstance(error, QueueFull):
-        kind, code, status = "rate_limit_error", "rate_limit_exceeded", 429
-        headers = {"retry-after": str(error.retry_after_s), ELSEWHERE_HEADER: "full"}
-    elif isinstance(error, TooFast):
-        kind, code, status = error.kind, "rate_limit_exceeded", 429
-        headers = {**error.headers, **_when(error.retry_after_s)}
-    elif isinstance(error, AnswerTimeout):
-        code, status = "timeout", 504
-    elif isinstance(error, NotReady):
-        code, status, headers = "not_ready", 503, {"retry-after": "1", ELSEWHERE_HEADER: "not-ready"}
-    elif isinstance(error, VersionElsewhere):
-        code, status, headers = "version_elsewhere", 409, {ELSEWHERE_HEADER: "version"}
-    elif isinstance(error, EngineDown):
-        code, status, headers = "engine_down", 503, {"retry-after": "1", ELSEWHERE_HEADER: "engine"}
+        headers = _challenge(browser=browser) if isinstance(error, Unauthorised) else {}
+        body = wire.error_body(text, kind=INVALID, param=error.param, code=error.code)
+        return JSONResponse(body, error.status, headers)
+    if isinstance(error, TooFast):
+        body = wire.error_body(text, kind=error.kind, code="rate_limit_exceeded")
+        return JSONResponse(body, 429, {**error.headers, **_when(error.retry_after_s)})
+    status, kind, code, headers = next((known for made, known in _KNOWN.items() if isinstance(error, made)), _UNKNOWN)
+    if isinstance(error, QueueFull):
+        headers = {**headers, "retry-after": str(error.retry_after_s)}
     elif isinstance(error, KeysUnreadable):
         log.error("API keys cannot be read", reason=text)
-        text, status = "API keys cannot be read; the server's log says why", 503
-    else:
+        text = "API keys cannot be read; the server's log says why"
+    elif code is None:
         log.error("answer failed", reason=text)
-    return JSONResponse(wire.error_body(text, kind=kind, param=param, code=code), status, headers)
+    return JSONResponse(wire.error_body(text, kind=kind, code=code), status, headers)
+
+
+# Status, OpenAI's type and code, and headers of what needs no more than its own message.
+_Form = tuple[int, str, str | None, dict[str, str]]
+_KNOWN: dict[type[ServingError], _Form] = {
+    PromptTooLong: (400, INVALID, "context_length_exceeded", {}),
+    QueueFull: (429, "rate_limit_error", "rate_limit_exceeded", {ELSEWHERE_HEADER: "full"}),
+    VersionElsewhere: (409, "server_error", "version_elsewhere", {ELSEWHERE_HEADER: "version"}),
+    NotReady: (503, "server_error", "not_ready", {"retry-after": "1", ELSEWHERE_HEADER: "not-ready"}),
+    EngineDown: (503, "server_error", "engine_down", {"retry-after": "1", ELSEWHERE_HEADER: "engine"}),
+    KeysUnreadable: (503, "server_error", "keys_unreadable", {"retry-after": "5"}),
+    AnswerTimeout: (504, "server_error", "timeout", {}),
+}
+_UNKNOWN: _Form = (500, "server_error", None, {})
+
+
+def _challenge(*, browser: bool) -> dict[str, str]:
+    scheme = 'Basic realm="tidegate: any name, the API key as password", charset="UTF-8"'
+    return {"www-authenticate": scheme if browser else 'Bearer realm="tidegate"'}
 
 
 def _when(retry_after_s: float | None) -> dict[str, str]:

@@ -217,6 +217,14 @@ def test_stop_texts(client):
     assert cut.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.parametrize(
+    "change", [{"temperature": 5e-324}, {"temperature": 1e-40}, {"temperature": 2, "top_p": 5e-324}]
+)
+def test_the_least_temperature_and_nucleus_are_greedy(client, change):
+    greedy = chat(client).choices[0].message.content
+    assert chat(client, **change).choices[0].message.content == greedy
+
+
 def test_models(client):
     assert {model.id for model in client.models.list()} == {MODEL, "bare"}
     assert client.models.retrieve(MODEL).owned_by == "tidegate"
