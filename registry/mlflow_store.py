@@ -151,13 +151,16 @@ class MlflowStore:
             return _register(self._uri, candidate, self._login)
 
     def to_staging(self, model: str, version: int) -> None:
-        """Show a passed candidate where a person looks for it."""
-        self.move(model, version, STAGING)
+        """Show a passed candidate where a person looks for it.
+
+        With the guard, one that was approved or rejected meanwhile stays where it is.
+        """
+        self._transition(model, version, STAGING, {"tidegate_state": State.CANDIDATE})
 
     def archive(self, model: str, version: int, *, state: str) -> None:
         """Put a version away as failed, undecided, stale or superseded. A person's no is `reject`.
 
-        With the guard, one that was approved meanwhile stays where it is.
+        With the guard, one that was approved or rejected meanwhile stays where it is.
         """
         if not self.guarded():
             self.set_tag(model, version, "tidegate.state", state)

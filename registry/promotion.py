@@ -52,8 +52,8 @@ log = structlog.get_logger()
 # The folder inside a version's artifacts that holds the adapter's two files.
 ADAPTER_FOLDER = "adapter"
 SYSTEM = "tidegate"
-# States that tidying up gives to versions nobody decided on.
-PUT_AWAY = frozenset({State.FAILED, State.UNDECIDED, State.SUPERSEDED, State.STALE})
+# States that whoever registers versions gives them, while nobody has decided on them.
+UNDECIDED_ON = frozenset({State.CANDIDATE, State.FAILED, State.UNDECIDED, State.SUPERSEDED, State.STALE})
 # The tag of a version whose weights were removed: JSON with at, who, why. It only explains: what decides is the store.
 PRUNED = "pruned"
 # The tag in which a server that found nobody to sign says that it stepped back: JSON with seq and why.
@@ -144,7 +144,8 @@ class Promotions:
             why: their reason, kept and signed where something is decided.
             archive_existing: the box on MLflow's page. Production holds one version whatever it says; candidates it
                 takes out of Staging are rejected.
-            told: the state the version is to have, from a client that knows: `rejected`, or one of `PUT_AWAY`.
+            told: the state the version is to have, from a client that knows: `rejected`, or one of
+                `UNDECIDED_ON`.
 
         Raises:
             PromotionRefused, RegistryError: as `promote` and `reject`.
@@ -154,8 +155,8 @@ class Promotions:
         with self.approvals.deciding():
             seen = self._settle(model)
             chosen = pick(seen.versions, model, version)
-            if told in PUT_AWAY:
-                self._put_away(model, chosen, seen, stage=stage, state=State(told))
+            if told in UNDECIDED_ON:
+                self._place(model, chosen, seen, stage=stage, state=State(told))
                 return None
             if chosen.stage == PRODUCTION and told != State.REJECTED:
                 return self._withdraw(model, chosen, seen, to_stage=stage, who=who, why=why)
@@ -369,10 +370,11 @@ class Promotions:
         self._tidy(model, seen.versions, changes, keep_stage_of=chosen.version)
         return approval
 
-    def _put_away(self, model: str, chosen: ModelVersion, seen: _Seen, *, stage: str, state: State) -> None:
-        """Tidying up, by whoever registers versions. It is no decision: what was approved meanwhile stays as it is."""
-        if chosen.stage == PRODUCTION or chosen.version in seen.standing.approved:
-            log.info("not put away: it was approved", model=model, version=chosen.version, state=str(state))
+    def _place(self, model: str, chosen: ModelVersion, seen: _Seen, *, stage: str, state: State) -> None:
+        """Tidying up, by whoever registers versions: no decision, so what was decided on meanwhile stays as it is."""
+        rejected = any(_is_rejection(row, chosen.version) for row in seen.history)
+        if rejected or chosen.stage == PRODUCTION or chosen.version in seen.standing.approved:
+            log.info("not moved: it was decided on", model=model, version=chosen.version, state=str(state))
             return
         self._end_left(model, chosen, seen, stage=stage, who=SYSTEM, why="")
         self.registry.set_tag(model, chosen.version, "tidegate.state", state)
@@ -604,8 +606,8 @@ def _left_undone(seen: _Seen) -> tuple[Change, ...]:
         changes = tuple(Change(version, State.RETIRED) for version in left)
         changes += states.stale(seen.versions, live["adapter_sha256"] if live else "")
     rejected = {row["version"] for row in seen.history if _is_rejection(row, row["version"])}
-    waits = {v.version for v in seen.versions if v.state in {State.CANDIDATE, State.STALE}}
-    return changes + tuple(Change(version, State.REJECTED) for version in sorted(rejected & waits))
+    shown = {v.version for v in seen.versions if v.state is State.REJECTED}
+    return changes + tuple(Change(version, State.REJECTED) for version in sorted((rejected & set(known)) - shown))
 
 
 def _is_rejection(row: Approval, version: int) -> bool:

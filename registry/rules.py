@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from registry.approvals import Approvals
 from registry.errors import PromotionRefused
-from registry.promotion import PUT_AWAY
+from registry.promotion import UNDECIDED_ON
 from registry.registrars import Registrars
 from registry.roles import LIVE_ALIAS, Caller, Role
 from registry.routes import Gate
@@ -143,7 +143,7 @@ class Rules:
         waits = chosen.state is State.CANDIDATE and change.stage != STAGING
         decides = chosen.stage == PRODUCTION or waits or change.archives or change.told == State.REJECTED
         decides = decides or change.share is Share.END
-        if not answers and (change.told in PUT_AWAY or not decides):
+        if not answers and (change.told in UNDECIDED_ON or not decides):
             _need(caller, model, f"move {model} version {version}", Role.TRAINER, Role.APPROVER, Role.LEARNER)
             return
         _need(caller, model, f"decide on {model} version {version}", Role.APPROVER)

@@ -56,11 +56,14 @@ class World:
         (self.root / "keys").mkdir(exist_ok=True)
         return SigningKey.load_or_create(self.root / "keys" / f"{purpose}.pem")
 
-    def documents(self, sha: str, parent: str = "", outcome: str = "passed", **changes) -> dict[str, str]:
-        """The tags of a version that came out of a round."""
-        verdict = {"adapter_sha256": sha, "parent_sha256": parent or None, "outcome": outcome, "gates": []}
+    def documents(
+        self, sha: str, parent: str = "", outcome: str = "passed", round_id: str = "", **changes
+    ) -> dict[str, str]:
+        """The tags of a version that came out of a round; of several rounds' versions of one adapter, say which."""
+        verdict = {"adapter_sha256": sha, "parent_sha256": parent or None, "outcome": outcome, "gates": [round_id]}
         guarantee = {"unit": "record", "adjacency": "null", "epsilon": 8.0, "delta": 1e-5}
-        receipt = {"plan_hash": "0" * 64, "adapter_sha256": sha, "ledger_head": "0" * 64, "guarantee": guarantee}
+        plan = round_id or "0" * 64
+        receipt = {"plan_hash": plan, "adapter_sha256": sha, "ledger_head": "0" * 64, "guarantee": guarantee}
         state = "candidate" if outcome == "passed" else outcome
         return {
             "tidegate.state": state,

@@ -237,10 +237,14 @@ def test_a_withdrawal_after_a_crash_is_known_for_what_it_was(desk, step):
     assert (stages(desk), desk.registry.rows[1].tag("state")) == ({1: "Archived", 2: "Production"}, "retired")
 
 
-def test_tidying_up_takes_nothing_away_that_was_approved_meanwhile(desk):
+def test_tidying_up_takes_nothing_away_that_was_decided_on_meanwhile(desk):
     assert desk.transition("desk", 1, "Archived", who="learn", why="", told="superseded") is None
+    assert desk.transition("desk", 1, "Staging", who="learn", why="", told="candidate") is None
     assert stages(desk) == {1: "Production", 2: "Staging"}
     assert desk.registry.rows[1].tag("state") == "live"
+    desk.reject("desk", 2, to_stage="Archived", who="ada", why="rude")
+    desk.transition("desk", 2, "Archived", who="learn", why="", told="superseded")
+    assert desk.registry.rows[2].tag("state") == "rejected"
     with pytest.raises(PromotionRefused, match="is in Production: only a candidate can be rejected"):
         desk.transition("desk", 1, "Archived", who="ada", why="no", told="rejected")
 
