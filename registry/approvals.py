@@ -44,7 +44,9 @@ from registry.states import PRODUCTION
 log = structlog.get_logger()
 
 GENESIS = "0" * 64
-KINDS = ("promote", "reject", "rollback", "emergency", CANARY)
+# The kill switch and its end: they move no version and stage, and say that the bare base answered in between.
+SWITCHES = ("kill", "unkill")
+KINDS = ("promote", "reject", "rollback", "emergency", CANARY, *SWITCHES)
 # Writers wait for each other; an approval takes milliseconds, so this long means a stuck process.
 LOCK_TIMEOUT_S = 30
 # Any fixed number no other user of the database takes: the first eight bytes of sha256("tidegate approvals"),

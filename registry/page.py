@@ -230,16 +230,22 @@ def _did(event: Event) -> Cell:
     return Markup("<strong>{}</strong>{}").format(event.what, moved)
 
 
+_WORDS = {
+    "promote": "approved",
+    "emergency": "rolled back in an emergency",
+    "kill": "kill switch on: the bare base answers",
+    "unkill": "kill switch off",
+}
+
+
 def _what(row: Approval) -> str:
     to_production = row["to"] == PRODUCTION
     if row["kind"] == CANARY:
         if row["canary"]["share"]:
             return f"given {100 * row['canary']['share']:.3g}% of the requests"
         return "trial ended by the server" if row["canary"].get("automatic") else "trial ended"
-    if row["kind"] == "promote":
-        return "approved"
-    if row["kind"] == "emergency":
-        return "rolled back in an emergency"
+    if row["kind"] in _WORDS:
+        return _WORDS[row["kind"]]
     if row["kind"] == "rollback":
         return "rolled back to" if to_production else "taken out"
     return "rejected" if row["from"] != PRODUCTION else "never carried out"

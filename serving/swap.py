@@ -25,6 +25,7 @@ from serving.approval import Approval, Wanted, check_wanted, read_approval
 from serving.cache import LocalCache, write_emergency
 from serving.engine import Engine
 from serving.errors import Ambiguous, ApprovalRefused, NotReady, ServingError, SwapError, VersionElsewhere
+from serving.killswitch import KillSwitch
 
 if TYPE_CHECKING:
     from serving.delivery import Delivery
@@ -112,6 +113,7 @@ class HotSwap:
         self._wanted, self._fetch, self._acknowledge = wanted, fetch, acknowledge
         self._trusted = trusted
         self._cache = LocalCache(cache, stream, replica)
+        self.kill_switch = KillSwitch(cache, stream)
         self._replica = replica
         self._poll_seconds, self._retry_seconds = poll_seconds, retry_seconds
         self._alarms = Alarms(stream)
@@ -133,8 +135,8 @@ class HotSwap:
 
     @property
     def current(self) -> Served | None:
-        """What answers now; None until the registry or the cache has said something."""
-        return self._current
+        """What answers now; None until the registry or the cache has said something. The kill switch goes before."""
+        return self._base if self.kill_switch.on else self._current
 
     @contextmanager
     def lease(self, pin: str = "") -> Iterator[Served]:
@@ -148,7 +150,7 @@ class HotSwap:
             VersionElsewhere: `pin` is neither live nor was a moment ago.
         """
         with self._lock:
-            served = self._current
+            served = self.current
             if served is None:
                 raise NotReady(f"stream={self.stream}: no version is known yet; the registry must answer once")
             if pin:
@@ -176,7 +178,7 @@ class HotSwap:
 
     def state(self) -> dict[str, Any]:
         """JSON for `tidegate status`."""
-        current = self._current
+        current = self.current
         with self._lock:
             in_flight = {served.name: count for served, count in self._leases.items()}
             held = [served.pin for served in self._held()]
@@ -189,6 +191,7 @@ class HotSwap:
             "adapter_sha256": current.adapter_sha256 if current else "",
             "guarantee": self._followed.guarantee if self._followed and current and current.version else "",
             "approval_seq": self.followed_seq,
+            "killed": self.kill_switch.on,
             "loading": self._loading,
             "swap_s": self._swap_s,
             "resident": [served.name for served in self._residents],
@@ -246,6 +249,8 @@ class HotSwap:
         approval = self._decide(found)
         if approval is not None:
             self._follow(approval, found)
+        if self.kill_switch.on:
+            found.append(Alarm("killed", "", self.kill_switch.sentence()))
         self._tell(found)
         self._evict()
         if self._current is None:
@@ -407,8 +412,11 @@ class HotSwap:
 
     def _tell(self, found: list[Alarm]) -> None:
         """Acknowledge what answers, until the registry has heard it."""
-        current = self._current
-        if not current or not current.version or self._acknowledged == current.version:
+        current = self.current
+        if not current or not current.version:
+            self._acknowledged = 0  # whatever comes back is told anew
+            return
+        if self._acknowledged == current.version:
             return
         if any(alarm.kind == "registry" for alarm in found):
             return
@@ -437,9 +445,11 @@ class HotSwap:
     def _held(self) -> list[Served]:
         """What a router may name: what is live, first, and what was a moment ago. Under the lock."""
         ago = time.monotonic() - PIN_SECONDS
+        if self.kill_switch.on:
+            return [self._base]
         left = [served for served, at in self._left.items() if at > ago and served != self._current]
         return [one for one in (self._current, *left[: -1 - LEFT_MAX : -1]) if one]
 
     @property
     def _staying(self) -> str:
-        return f"{self._current.name} goes on answering" if self._current else "nothing answers yet"
+        return f"{self.current.name} goes on answering" if self.current else "nothing answers yet"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from tidegate import heartbeat
+from tidegate import heartbeat, switches
 from tidegate.errors import RoundRefused
 from tidegate.evidence import gate_policy, gate_set_of, judge, register
 from tidegate.locks import Held, alone
@@ -105,6 +105,10 @@ def run(
         )
     service.stream(stream)
     workspace = service.workspace
+    if told := switches.paused(workspace, stream):
+        raise RoundRefused(
+            f"stream={stream}: is paused {switches.words(told)}; `tidegate resume {stream} --why ...` lets rounds begin"
+        )
     with (
         only_round(service, stream),
         heartbeat.beating(heartbeat.beat_file(workspace, stream), progress or _unheard) as tell,

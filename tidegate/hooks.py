@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from registry.approvals import SWITCHES
 from registry.canary import CANARY
 from registry.states import PRODUCTION, waiting
 from tidegate import ancestry, status, webhook
@@ -127,7 +128,8 @@ class Watcher:
 
     def _decided(self, stream: str, now: float) -> None:
         model = self._service.model(stream)
-        rows = self._service.approvals().history(model)
+        # The kill switch is told of by its alarm.
+        rows = [row for row in self._service.approvals().history(model) if row["kind"] not in SWITCHES]
         found = [(int(row["seq"]), row, decision(self._service, stream, row)) for row in rows]
         self._rows(f"approvals:{stream}", stream, found, now)
 

@@ -24,6 +24,7 @@ from tidegate.errors import ConfigError, TidegateError
 from tidegate.heartbeat import beat_file, hold_file, read
 from tidegate.locks import Held, alone
 from tidegate.supervisor import tidegate_command
+from tidegate.switches import paused
 from tidegate.timetable import FILE, LOCK, STUCK_MAX, Timetable, text_of
 from tidegate.workspace import write_json
 
@@ -245,7 +246,7 @@ def keep_schedule(
 
 
 def _able(workspace: Workspace, timetable: Timetable, stream: str) -> bool:
-    if hold_file(workspace, stream).exists():
+    if hold_file(workspace, stream).exists() or paused(workspace, stream):
         return False
     if timetable.turn(stream).stuck >= STUCK_MAX:  # it was held, and no longer is
         timetable.forget_stuck(stream)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from privacy.policy import NO_PRIVACY
 from registry.states import PRODUCTION, ModelVersion, waiting
-from tidegate import ancestry, budget, heartbeat, timetable
+from tidegate import ancestry, budget, heartbeat, switches, timetable
 from tidegate.errors import expected_errors
 from tidegate.locks import is_held
 
@@ -121,6 +121,8 @@ def rounds_now(service: Service, name: str, alarms: list[str]) -> dict[str, str]
             f"{name}: no round is started, {told['held']}; run `tidegate round {name}` and watch it: when it ends, the "
             f"schedule goes on; learner.stuck_seconds says how long a round may show nothing"
         )
+    if pause := switches.paused(workspace, name):
+        told["paused"] = switches.words(pause)
     overdue = turn.waiting_since or turn.next_due
     if overdue and timetable.is_late(overdue) and not is_held(workspace.run / timetable.LOCK):
         alarms.append(f"{name}: a round was due at {overdue}, but nothing runs the schedule; start `tidegate learn`")

@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+import threading
+import time
 
 import pytest
 
 from privacy.signing import SigningKey
 from serving.cache import write_emergency
-from serving.errors import Ambiguous, NotReady
+from serving.errors import Ambiguous, NotReady, VersionElsewhere
 from serving.inprocess import InProcessEngine
 from serving.swap import HotSwap
 from tests.serving.adapters import random_adapter
@@ -452,3 +454,72 @@ def test_a_full_disk_leaves_the_live_one(swap, registry, tmp_path, monkeypatch):
     swap.tick()
     assert (swap.current.name, names(swap)) == ("desk@1", ["adapter"])
     assert "No space left" in swap.alarms[0].message
+
+
+def test_the_kill_switch_lets_the_base_answer_at_once_while_the_registry_hangs(make, registry, tmp_path):
+    hanging, go_on = threading.Event(), threading.Event()
+
+    def wanted():
+        if hanging.is_set():
+            go_on.wait(30)
+            raise ConnectionError("timed out")
+        return registry.wanted()
+
+    swap = make(wanted=wanted, poll_seconds=0.02)
+    registry.promote(1)
+    swap.start()
+    try:
+        while not swap.current or swap.current.version != 1:
+            time.sleep(0.01)
+        hanging.set()
+        with swap.lease() as before:
+            swap.kill_switch.kill(who="pat", why="bad answers", at="2026-11-28T01:00:00Z")
+            with swap.lease() as killed:
+                assert (before.version, killed.name) == (1, "desk@base")
+        assert (swap.state()["version"], swap.state()["killed"]) == ("desk@base", True)
+        with pytest.raises(VersionElsewhere), swap.lease(before.pin):
+            pass
+        go_on.set()
+        while "killed" not in names(swap):
+            time.sleep(0.01)
+        assert "pat: bad answers" in str(swap.alarms[-1])
+        swap.kill_switch.end()
+        with swap.lease() as back:
+            assert back.version == 1
+    finally:
+        go_on.set()
+        swap.stop()
+
+
+def test_the_kill_switch_outlives_a_restart_and_what_was_decided_meanwhile_comes_after_it(make, registry):
+    swap = make()
+    registry.promote(1)
+    swap.tick()
+    swap.kill_switch.kill(who="pat", why="", at="2026-11-28T01:00:00Z")
+    registry.acknowledged.clear()
+    registry.down = True
+    again = make()
+    again.restore()
+    again.tick()
+    assert again.current.name == "desk@base"
+    assert names(again) == ["registry", "killed"]
+    registry.down = False
+    registry.promote(2)
+    again.tick()
+    assert again.current.name == "desk@base"
+    assert not registry.acknowledged, "what does not answer is not said to"
+    again.kill_switch.end()
+    again.tick()
+    assert again.current.name == "desk@2"
+    assert registry.acknowledged == [2]
+    assert not again.alarms
+
+
+def test_a_kill_switch_that_cannot_be_read_is_on(make, registry, tmp_path):
+    swap = make()
+    registry.promote(1)
+    swap.tick()
+    (tmp_path / "cache" / f"killed-{MODEL}.json").write_text("{")
+    swap.tick()
+    assert swap.current.name == "desk@base"
+    assert "since unknown" in str(swap.alarms[0])

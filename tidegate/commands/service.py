@@ -133,6 +133,14 @@ def ingest(given: str | None, stream: str, *, blocks: int | None, idle: float | 
     service.ingester(stream, heard).run(stop, max_blocks=blocks, until_idle_s=idle)
 
 
+def _settle(service: Service, stop: threading.Event) -> None:
+    """Sign the kill switch's entries that could not be signed when they were made."""
+    from tidegate import switches
+
+    while not stop.wait(switches.SETTLE_SECONDS):
+        switches.settle(service)
+
+
 def _expose(port: int, setting: str, what: str) -> None:
     """Let Prometheus scrape this process on loopback: counts of ingest are exact, hence for the operator alone.
 
@@ -170,6 +178,7 @@ def learn(given: str | None) -> None:
 
     telling = threading.Thread(target=hooks.watch, args=(service, stop), name="webhooks", daemon=True)
     telling.start()
+    threading.Thread(target=_settle, args=(service, stop), name="switches", daemon=True).start()
     run_schedule(service, stop)
 
 
