@@ -198,8 +198,8 @@ class Delivery:
 
     @property
     def _running_now(self) -> _Running | None:
-        """The canary, unless a decision on what is live has overtaken it."""
-        running = self._running
+        """The canary, unless a decision on what is live has overtaken it, or the kill switch is on."""
+        running = self._running if not self._swap.kill_switch.on else None
         if running is None or self._swap.current is None or running.canary.seq < self._swap.followed_seq:
             return None
         return running

@@ -449,3 +449,14 @@ def test_shadow_yields_to_whoever_asks(served, core):
         assert shadow.counts["desk@2", "dropped"] >= 3
         assert not [key for key in shadow.counts if key[1] in {"same", "other", "failed"}]
         until(lambda: not core.waiting and not core.writing)
+
+
+def test_no_canary_answers_while_the_kill_switch_is_on(world):
+    world.canary(0.5)
+    world.tick()
+    assert version_of(world, header="always") == "desk@2"
+    world.swap.kill_switch.kill(who="pat", why="", at="2026-11-28T01:00:00Z")
+    assert shares(world, 50) == {"desk@base": 50}
+    assert version_of(world, header="always") == "desk@base"
+    world.swap.kill_switch.end()
+    assert version_of(world, header="always") == "desk@2"
