@@ -135,8 +135,9 @@ def _facts(snapshot: Snapshot, view: StreamView) -> Markup:
     if registry and wanted != str(serving["number"] or ""):
         rows.append(("the registry wants", wanted or "the bare base"))
     if canary := serving.get("canary"):
-        told = f"{canary['version']} has {100 * canary['share']:.4g}%: {canary['failed']} of {canary['requests']} failed"
-        rows.append(("canary", f"{told}, {canary['live_failed']} of {canary['live_requests']} of live"))
+        failed = f"{canary['failed']} of {canary['requests']} failed"
+        live_failed = f"{canary['live_failed']} of {canary['live_requests']} of live"
+        rows.append(("canary", f"{canary['version']} has {100 * canary['share']:.4g}%: {failed}, {live_failed}"))
     if serving["killed"]:
         rows.append(("kill switch", Markup('<strong class="bad">on: the bare base answers</strong>')))
     flight = sum(serving["in_flight"].values())
