@@ -13,6 +13,7 @@ from typing import Any
 
 import structlog
 from anyio import to_thread
+from fastapi.routing import iter_route_contexts
 from flask import Flask, Response, jsonify, request
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE, PERMISSION_DENIED
@@ -48,6 +49,7 @@ def without_logins(app: Flask, rules: Rules) -> Any:
     app.before_request(_judge(rules, _stranger))
     asgi = create_fastapi_app(app)
     _guard_native(asgi, rules, _stranger)
+    _tell_routes(app, asgi)
     return asgi
 
 
@@ -82,7 +84,22 @@ def with_logins(app: Flask, rules: Rules, keys: Path, models: Iterable[str]) -> 
     app.add_url_rule(f"{at}/tidegate/users", "tidegate_users", translated(users), methods=["GET", "POST"])
     app.add_url_rule(f"{at}/tidegate/roles", "tidegate_roles", translated(roles), methods=["POST", "DELETE"])
     _guard_native(asgi, rules, logins.caller)
+    _tell_routes(app, asgi)
     return asgi
+
+
+def _tell_routes(app: Flask, asgi: Any) -> None:
+    """Add a page that lists every route of this server that changes something, with its gate; null: it is closed."""
+
+    def routes() -> Response:
+        found = {(method, rule.rule) for rule in app.url_map.iter_rules() for method in rule.methods or ()}
+        for context in iter_route_contexts(asgi.routes):
+            found |= {(method, str(context.path)) for method in getattr(context, "methods", None) or ()}
+        changing = sorted((path, method) for method, path in found if method in MUTATING)
+        gates = {place: gate_of(place[1], bare(place[0], prefix())) for place in changing}
+        return jsonify({"routes": [{"path": p, "method": m, "gate": gate} for (p, m), gate in gates.items()]})
+
+    app.add_url_rule(f"{prefix()}/tidegate/routes", "tidegate_routes", translated(routes))
 
 
 def _judge(rules: Rules, caller_of: Callable[[str], Caller]) -> View:

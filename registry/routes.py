@@ -145,17 +145,23 @@ GATES: Mapping[tuple[str, str], Gate] = {
     ("*", "/mlflow/prompt-optimization"): Gate.CLOSED,
     ("*", "/mlflow/scorer"): Gate.CLOSED,
 }
+_FASTAPI = re.compile(r"\{([^}]+)\}")
 _API = re.compile(r"^/(?:ajax-)?api/\d+\.\d+/?(?=\S)")
 
 
 def bare(rule: str, prefix: str = "") -> str:
-    """A route without the server's static prefix and the API's version: what the table above names.
+    """A route without the server's static prefix and the API's version, in Flask's spelling, as the table above has it.
 
     >>> bare("/ajax-api/2.0/mlflow/runs/create")
     '/mlflow/runs/create'
     """
     path = rule[len(prefix) :] if prefix and rule.startswith(f"{prefix}/") else rule
-    return _API.sub("/", path)
+    return _FASTAPI.sub(_as_flask, _API.sub("/", path))
+
+
+def _as_flask(parameter: re.Match[str]) -> str:
+    name, _, kind = parameter[1].partition(":")
+    return f"<{kind}:{name}>" if kind else f"<{name}>"
 
 
 def gate_of(method: str, path: str) -> Gate | None:

@@ -26,12 +26,13 @@ _seeds = itertools.count(1)
 PASSWORD = "a-long-enough-secret"
 # People of the server with logins, and their roles by model.
 PEOPLE = {
-    "viewer": {"desk": ["viewer"], "other": ["viewer"]},
-    "trainer": {"desk": ["trainer"], "other": ["trainer"]},
-    "approver": {"desk": ["approver"], "other": ["approver"]},
-    "both": {"other": ["trainer", "approver"], "solo": ["trainer", "approver"]},
+    "viewer": {"desk": ["viewer"], "other": ["viewer"], "counter": ["viewer"]},
+    "trainer": {"desk": ["trainer"], "other": ["trainer"], "counter": ["trainer"]},
+    "approver": {"desk": ["approver"], "other": ["approver"], "counter": ["approver"]},
+    "both": {"counter": ["trainer", "approver"], "solo": ["trainer", "approver"]},
     "elsewhere": {"other": ["approver"]},
 }
+SECURED = ["desk", "other", "counter", "solo"]
 
 
 def write_adapter(folder: Path, seed: int) -> str:
@@ -118,14 +119,14 @@ def guarded(tmp_path_factory):
         store.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def secured(tmp_path_factory):
     """The same with logins: `store` is the learner's, `stores` everybody's by name."""
     root = tmp_path_factory.mktemp("secured")
     (root / "keys").mkdir()
     for role in SERVICES:
         (root / "keys" / f"mlflow_{role}").write_text(PASSWORD)
-    logins = Logins(PASSWORD, "not a secret here", ["desk", "other", "solo"], ["solo"])
+    logins = Logins(PASSWORD, "not a secret here", SECURED, ["solo"])
     with MlflowServer(root, port=0, logins=logins) as server:
         admin = MlflowStore(server.url, ("admin", PASSWORD))
         for name, roles in PEOPLE.items():

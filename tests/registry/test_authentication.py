@@ -10,53 +10,57 @@ from tests.registry.conftest import PASSWORD
 TRANSITION = "/api/2.0/mlflow/model-versions/transition-stage"
 
 
+def live_sha(world, model):
+    return next((v.adapter_sha256 for v in world.store.versions(model) if v.stage == "Production"), "")
+
+
 def test_who_decided_is_the_login_and_nothing_a_client_claims(secured):
-    version, _ = secured.candidate("desk")
-    signed = secured.stores["approver"].promote("desk", version, why="fine", who="somebody else")
+    version, _ = secured.candidate("counter")
+    signed = secured.stores["approver"].promote("counter", version, why="fine", who="somebody else")
     assert signed["who"] == "approver"
 
 
 def test_without_a_login_nothing_is_decided_and_nothing_is_told(secured):
-    version, _ = secured.candidate("other")
+    version, _ = secured.candidate("counter")
     url = f"{secured.server.url}{TRANSITION}"
-    body = {"name": "other", "version": str(version), "stage": "Production"}
+    body = {"name": "counter", "version": str(version), "stage": "Production"}
     assert requests.post(url, json=body, timeout=10).status_code == 401
     wrong = requests.post(url, json=body, auth=("admin", "guess"), timeout=10)
     assert wrong.status_code == 401
     assert requests.get(f"{secured.server.url}/tidegate/approvals", timeout=10).status_code == 401
     with pytest.raises(RegistryError, match=r"wants a login.*tidegate users add"):
-        MlflowStore(secured.server.url, ("approver", "guess")).versions("other")
-    assert secured.stages("other")[version] == "Staging"
+        MlflowStore(secured.server.url, ("approver", "guess")).versions("counter")
+    assert secured.stages("counter")[version] == "Staging"
 
 
 @pytest.mark.parametrize("role", ["viewer", "trainer", "server"])
 def test_only_an_approver_may_approve(secured, role):
-    version, _ = secured.candidate("other")
-    before = secured.stages("other")
+    version, _ = secured.candidate("counter")
+    before = secured.stages("counter")
     with pytest.raises(PromotionRefused):
-        secured.stores[role].promote("other", version, why="please", who="me")
-    assert secured.stages("other") == before
+        secured.stores[role].promote("counter", version, why="please", who="me")
+    assert secured.stages("counter") == before
 
 
 def test_an_approver_of_one_stream_decides_nothing_of_another(secured):
-    version, _ = secured.candidate("desk")
+    version, _ = secured.candidate("counter")
     with pytest.raises(PromotionRefused, match=r"elsewhere may not|may not do that"):
-        secured.stores["elsewhere"].promote("desk", version, why="please", who="me")
+        secured.stores["elsewhere"].promote("counter", version, why="please", who="me")
 
 
 def test_whoever_registered_a_version_may_not_approve_it(secured):
     secured.store, kept = secured.stores["both"], secured.store
     try:
-        version, _ = secured.candidate("other")
+        version, _ = secured.candidate("counter", parent=live_sha(secured, "counter"))
     finally:
         secured.store = kept
     with pytest.raises(PromotionRefused, match=r"registered by both: somebody else must approve it \(four eyes\)"):
-        secured.stores["both"].promote("other", version, why="mine", who="somebody else")
-    (found,) = [v for v in secured.store.versions("other") if v.version == version]
+        secured.stores["both"].promote("counter", version, why="mine", who="somebody else")
+    (found,) = [v for v in secured.store.versions("counter") if v.version == version]
     assert found.tag("registered_by") == "both"
-    assert secured.stores["approver"].promote("other", version, why="looked at it", who="")["who"] == "approver"
+    assert secured.stores["approver"].promote("counter", version, why="looked at it", who="")["who"] == "approver"
     assert requests.get(
-        f"{secured.server.url}/tidegate/approvals", params={"model": "other"}, auth=("both", PASSWORD), timeout=10
+        f"{secured.server.url}/tidegate/approvals", params={"model": "counter"}, auth=("both", PASSWORD), timeout=10
     ).json()["approvals"]
 
 

@@ -9,6 +9,8 @@ import requests
 from privacy.signing import SigningKey, TrustedKeys
 from registry.approvals import Approvals
 from registry.errors import PromotionRefused, RegistryError, UnknownVersion
+from registry.routes import bare
+from tests.registry.test_routes import answers_now, ask, prepare, probes_of, send
 
 
 def transition(world, model, version, stage="Production", *, path="ajax-api/2.0", headers=None, **more):
@@ -335,3 +337,17 @@ def test_the_client_of_mlflow_meets_the_guard_too(guarded):
         pytest.raises(RestException, match="its signed verdict says failed"),
     ):
         client.transition_model_version_stage("pyclient", str(version), "Production")
+
+
+def test_without_logins_too_nobody_can_damage_what_is_live(guarded):
+    guarded.users = {"learner": ""}
+    stage = prepare(guarded, "unlocked", guarded.store)
+    probes = probes_of(stage)
+    for route in ask(guarded, "anonymous", "GET", "/tidegate/routes").json()["routes"]:
+        key = (route["method"], bare(route["path"]).removeprefix("/mlflow"))
+        for probe in probes.get(key, probes.get((route["method"], bare(route["path"])), ())):
+            if not probe.allowed:
+                told = send(guarded, "anonymous", route, probe)
+                assert told.status_code in {400, 403}, (route, probe, told.text)
+    assert answers_now(guarded, "unlocked") == stage.live
+    assert guarded.store.fetch_adapter("unlocked", stage.live, guarded.root / "intact").is_dir()
