@@ -74,6 +74,7 @@ def create_app(
         docs_url=None,  # its pages load scripts from elsewhere
         redoc_url=None,
         openapi_url=None,  # a route of ours, with a scope
+        redirect_slashes=False,  # to an address made of what the request says of itself
     )
     access = access or Access()
     app.add_middleware(Gate, access=access)
