@@ -244,6 +244,8 @@ class _Desk:
                 body = await _unless_gone(request, reply.whole())
             except ServingError as error:
                 response = error_response(error)
+                if version:  # so that a router does not take a canary's failures for the replica's
+                    response.headers["x-tidegate-version"] = version
                 self.metrics.requests.labels(stream, version, route, response.status_code).inc()
                 return response
             except ClientDisconnect:  # while its body was read

@@ -500,7 +500,12 @@ class Router:
 
     def _count(self, replica: Replica, upstream: aiohttp.ClientResponse) -> None:
         self.metrics.requests.labels(replica.url, upstream.status).inc()
-        if upstream.status < 500 or ELSEWHERE_HEADER in upstream.headers:  # noqa: PLR2004 - HTTP server errors
+        failed = upstream.status >= 500 and ELSEWHERE_HEADER not in upstream.headers  # noqa: PLR2004 - HTTP server errors
+        named = upstream.headers.get("x-tidegate-version")
+        canary = named and not any(one.traffic and one.traffic.name == named for one in self.agreements.values())
+        if failed and canary:
+            return  # the replica steps back from it by itself
+        if not failed:
             replica.errors = 0
             return
         replica.errors += 1
