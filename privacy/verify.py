@@ -347,17 +347,18 @@ def _approvals(case: Case) -> None:
             raise ExportBroken(f"{where}: its key {signed['key_id']} was retired before it was signed; {ASK}")
         model, sha = body["model"], body["adapter_sha256"]
         live, before = standing.get(model, (_BASE, _BASE))
-        if body["to"] == PRODUCTION:
+        if body["to"] == PRODUCTION or _begins_canary(body):
             entry = entries.get((model, body["version"]))
             if entry is None:
                 raise ExportBroken(f"{where}: {model} version {body['version']} is not in {VERSIONS}; {ASK}")
             papers = _papers_of(case, where, entry, body)
             name = (model, body["version"], sha)
-            if body["kind"] == "promote":
+            if body["kind"] in {"promote", _CANARY}:
                 _judged(where, body, papers, live[1])
             elif name not in approved:
                 raise ExportBroken(f"{where}: {body['kind']} to version {name[1]}, which was never approved before it")
-            approved.add(name)
+            if body["kind"] != _CANARY:
+                approved.add(name)
         standing[model] = _after(body, live, before)
     bare = sum(body.get("guarantee") == NONE and body["to"] == PRODUCTION for body in case.evidence.approvals)
     case.verified.append(
@@ -365,6 +366,17 @@ def _approvals(case: Case) -> None:
         f"a receipt with a finite epsilon, and was trained from what was live"
         + (f"; {bare} of versions WITHOUT PRIVACY, which have no epsilon and say so" if bare else "")
     )
+
+
+_CANARY = "canary"
+
+
+def _begins_canary(body: Value) -> bool:
+    """Whether a decision lets a candidate answer some of the requests: then it must hold as a promotion does."""
+    try:
+        return body["kind"] == _CANARY and bool(body["canary"]["share"])
+    except (KeyError, TypeError):
+        raise ExportBroken(f"{APPROVALS}: seq={body['seq']} is a canary without a share; {ASK}") from None
 
 
 _Live = tuple[int, str]  # version and adapter; 0 and nothing: the bare base

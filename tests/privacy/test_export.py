@@ -504,6 +504,35 @@ def test_a_withdrawal_and_a_move_that_never_happened_are_followed(tmp_path):
     world.close()
 
 
+CANARY = {"kind": "canary", "to": "Staging"}
+
+
+def test_a_canary_is_held_to_what_a_promotion_is_and_is_none(tmp_path):
+    world = World(tmp_path / "w")
+    world.round(1, ["b1"])
+    world.decide(1)
+    world.round(2, ["b2"], parent=adapter(1))
+    world.decide(2, **CANARY, canary={"share": 0.1, "header": True, "sticky": True})
+    world.decide(2, **CANARY, canary={"share": 0, "automatic": True})
+    assert verify(world.files(), world.given())
+    world.decide(2)
+    world.round(3, ["b3"], parent=adapter(1))  # from a version that is live no more
+    world.decide(3, **CANARY, canary={"share": 0})
+    assert verify(world.files(), world.given()), "an end needs nothing"
+    world.decide(3, **CANARY, canary={"share": 0.1})
+    with pytest.raises(ExportBroken, match=r"line 6: version 3 was judged against .* was live at that place"):
+        verify(world.files(), world.given())
+    world.close()
+
+
+def test_a_canary_is_no_approval_to_roll_back_to(small):
+    small.round(3, ["b3"], parent=adapter(1))
+    small.decide(3, **CANARY, canary={"share": 0.1})
+    small.decide(3, kind="rollback")
+    with pytest.raises(ExportBroken, match="never approved before it"):
+        verify(small.files(), small.given())
+
+
 def test_a_statement_that_was_worded_otherwise_is_found(small):
     files = small.files()
     files[STATEMENT] = files[STATEMENT].replace(b"is (8, 1e-05)-diff", b"is (1, 1e-05)-diff")

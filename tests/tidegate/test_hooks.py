@@ -64,10 +64,11 @@ def add_candidate(service, number=1, **tags):
     return row
 
 
-def decide(service, version, kind, start, end, why="it is better"):
+def decide(service, version, kind, start, end, why="it is better", **more):
     return service.approvals(signing=True).append(
-        model=STREAM, version=version, adapter_sha256=SHA, from_stage=start, to_stage=end, who="ada", why=why, kind=kind
-    )
+        model=STREAM, version=version, adapter_sha256=SHA, from_stage=start, to_stage=end, who="ada", why=why,
+        kind=kind, **more,
+    )  # fmt: skip
 
 
 def verified(service, headers, body):
@@ -115,6 +116,19 @@ def test_decisions_after_the_first_look_are_told_in_order_and_the_past_is_not(se
     ]
     assert receiver.told()[2][1]["why"] == "2 was rude"
     assert all(verified(service, *request) for request in receiver.got)
+
+
+def test_a_canary_its_end_and_a_step_back_are_told_apart(service, receiver):
+    watcher = watching(service)
+    for told in ({"share": 0.1, "header": True, "sticky": True}, {"share": 0}, {"share": 0, "automatic": True}):
+        decide(service, 2, "canary", "Staging", "Staging", canary=told)
+    watcher.look(time.time())
+    assert [(kind, data["version"], data["share"]) for kind, data in receiver.told()] == [
+        ("canary", 2, 0.1),
+        ("canary", 2, 0),
+        ("stepped_back", 2, 0),
+    ]
+    assert "gets 10% of the requests" in receiver.told()[0][1]["sentence"]
 
 
 def test_decisions_made_while_nobody_watched_are_told_later_but_not_after_a_week(service, receiver):
