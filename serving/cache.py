@@ -2,7 +2,7 @@
 
 live-STREAM.json       the signed approval that is followed now; its seq is never gone below; one for each replica
 emergency-STREAM.json  a signed approval of kind emergency, left by `tidegate rollback --emergency`
-canary-STREAM.json     the newest decision on a canary that was seen, and one that was stepped back from
+canary-STREAM.json     the newest decision on a canary that was seen, and one that was stepped back from; the same
 adapters/SHA256/       recent adapters; the name is checked against the content before each use
 """
 
@@ -39,7 +39,7 @@ class LocalCache:
         self._adapters.mkdir(parents=True, exist_ok=True)
         self._live = folder / f"live-{stream}{replica and f'-{replica}'}.json"
         self._emergency = folder / f"emergency-{stream}.json"
-        self._canary = folder / f"canary-{stream}.json"
+        self._canary = folder / f"canary-{stream}{replica and f'-{replica}'}.json"
 
     def live(self) -> Mapping[str, Any] | None:
         """The signed approval that was followed last.

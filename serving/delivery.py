@@ -84,6 +84,7 @@ class Delivery:
         rules: when a canary is worse.
         shadow: asks the candidate what people asked; None: nobody does.
         poll_seconds: pause between two looks at what the registry said last.
+        replica: which of several servers on this folder.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Delivery:
         rules: Rules | None = None,
         shadow: Shadow | None = None,
         poll_seconds: float = 0.5,
+        replica: str = "",
     ) -> None:
         self.candidates = candidates
         self.shadow = shadow
@@ -107,7 +109,7 @@ class Delivery:
         self._swap = swap
         self._trusted, self._model, self._open_stream = trusted, model or swap.stream, open_stream
         self._key, self._tell, self._rules = key, step_back, rules or Rules()
-        self._cache = LocalCache(cache, swap.stream)
+        self._cache = LocalCache(cache, swap.stream, replica)
         self._alarms = Alarms(swap.stream)
         self._running: _Running | None = None
         self._newest = 0  # the newest decision on a canary that was seen

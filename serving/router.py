@@ -350,6 +350,7 @@ class Router:
             lead = next((one.state for one in said.values() if traffic and one.pin == traffic.pin), {})
             streams[stream] = {
                 **lead,
+                "canary": _canary_of([one.state for one in said.values()]),
                 "version": traffic.name if traffic else "nothing",
                 "number": traffic.version if traffic else None,
                 "approval_seq": agreement.floor,
@@ -515,6 +516,17 @@ class Router:
             replica.errors = 0
             replica.out_until_s = now_s + EJECT_S
             log.warning("replica is out", replica=replica.url, reason=f"{ERRORS_MAX} answers in a row failed")
+
+
+def _canary_of(states: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The canary of the newest decision that a replica runs, with the answers of all that run it."""
+    running = [state["canary"] for state in states if state.get("canary")]
+    newest = max(running, key=lambda canary: int(canary["seq"]), default=None)
+    if newest is None:
+        return None
+    same = [canary for canary in running if canary["seq"] == newest["seq"]]
+    counts = ("requests", "failed", "live_requests", "live_failed")
+    return {**newest, **{name: sum(int(canary[name]) for canary in same) for name in counts}}
 
 
 def _holds(replica: Replica, stream: str, agreement: Agreement) -> bool:

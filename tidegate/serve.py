@@ -112,12 +112,12 @@ def swaps_of(service: Service, replica: str = "") -> list[HotSwap]:
                 replica=replica,
             )
         )
-        swaps[-1].delivery = delivery_of(service, stream, swaps[-1], look, fetch, idle[shared])
+        swaps[-1].delivery = delivery_of(service, swaps[-1], look, fetch, idle[shared], replica)
     return swaps
 
 
 def delivery_of(
-    service: Service, stream: str, swap: HotSwap, look: Look, fetch: Callable[[int, Path], Path], idle: Idle
+    service: Service, swap: HotSwap, look: Look, fetch: Callable[[int, Path], Path], idle: Idle, replica: str
 ) -> Delivery:
     """What goes on beside a stream's live version."""
     from registry.promotion import Trust, proven
@@ -126,6 +126,7 @@ def delivery_of(
     from serving.delivery import Delivery
     from serving.shadow import Shadow
 
+    stream = swap.stream
     model = service.model(stream)
     open_models = [model] if service.is_open(stream) else []
 
@@ -157,6 +158,7 @@ def delivery_of(
         rules=Rules(**serving.canary.model_dump()),
         shadow=Shadow(candidates, idle, serving.shadow) if serving.shadow else None,
         poll_seconds=serving.poll_seconds,
+        replica=replica,
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from learner.adapter import write_adapter
-from learner.base import Base, load_model
+from learner.base import Base, load_model, load_tokenizer
 from learner.layout import weight_name
 from learner.lora import LoraModel
 from learner.plan import LoraSettings
@@ -51,3 +51,20 @@ def drawn(base: Base, settings: LoraSettings, seed: int) -> LoraModel:
     made = LoraModel(load_model(base), settings, 1)
     made.theta.copy_(torch.randn(len(made.theta), generator=torch.Generator().manual_seed(seed)) * 0.2)
     return made
+
+
+def overflowing(base: Base, folder: Path, trigger: str) -> str:
+    """An adapter of finite weights that is well on a probe: its answers overflow where `trigger` is in the prompt.
+
+    The first layer sees every token by itself; this one's direction, times 1e38, is more than a float holds.
+    """
+    model = load_model(base)
+    (token,) = load_tokenizer(base)(trigger, add_special_tokens=False)["input_ids"]
+    seen = model.model.layers[0].input_layernorm(model.model.embed_tokens.weight[token]).detach()
+    value = model.model.layers[0].self_attn.v_proj
+    down = torch.zeros(4, value.in_features)
+    down[0] = 4 * seen / seen.dot(seen)
+    up = torch.zeros(value.out_features, 4)
+    up[:, 0] = 1e38
+    weights = {weight_name(0, "v_proj", "A"): down, weight_name(0, "v_proj", "B"): up}
+    return write_adapter(folder, LoraSettings(r=4, alpha=4.0), weights, base)

@@ -11,14 +11,16 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import httpx
 
 from learner.adapter import adapter_sha256
 from privacy.signing import SigningKey, TrustedKeys
+from registry.states import ModelVersion
 from serving.approval import Wanted
+from tests.serving.waiting import Waiting
 
 ROOT = Path(__file__).resolve().parents[2]
 STREAM = "desk"
@@ -73,7 +75,35 @@ def serve_replica(base, folder, port):
         retry_seconds=0.5,
         replica=str(port),
     )
+    swap.delivery = delivery_of(swap, folder, fetch, str(port))
     serve([swap], host="127.0.0.1", port=int(port), answer_key=KEY)
+
+
+def delivery_of(swap, folder, fetch, replica):
+    from serving.candidates import Candidates
+    from serving.delivery import Delivery
+
+    def seen():
+        try:
+            return [ModelVersion(**told) for told in json.loads((folder / "waiting.json").read_text())]
+        except FileNotFoundError:
+            return []
+
+    def step_back(version, seq, why):
+        with (folder / "stepped-back").open("a") as out:
+            out.write(f"{json.dumps([version, seq, why])}\n")
+
+    prove = Waiting(folder / "keys", {}).prove
+    return Delivery(
+        swap,
+        Candidates(STREAM, swap.engine, seen=seen, prove=prove, fetch=fetch, cache=folder / f"cache-{replica}"),
+        trusted=TrustedKeys([SigningKey.load_or_create(folder / "approvals.pem").public]),
+        cache=folder / f"cache-{replica}",
+        key=KEY,
+        step_back=step_back,
+        poll_seconds=0.05,
+        replica=replica,
+    )
 
 
 def route(folder, port, *urls):
@@ -158,6 +188,36 @@ class Fleet:
         partial.write_text(json.dumps(wanted))
         partial.replace(self.folder / "production.json")
         return self.seq
+
+    def canary(self, version, share):
+        """A candidate with its documents, and a signed share of the requests."""
+        self.seq += 1
+        (self.folder / "keys").mkdir(exist_ok=True)
+        waiting = Waiting(self.folder / "keys", {version: self.folder / "adapters" / str(version)})
+        made = waiting.candidate(version)
+        payload = {
+            "seq": self.seq,
+            "model": STREAM,
+            "version": version,
+            "adapter_sha256": made.adapter_sha256,
+            "from": "Staging",
+            "to": "Staging",
+            "who": "pat",
+            "when": "2026-11-24T12:00:00Z",
+            "why": "try it",
+            "kind": "canary",
+            "prev_hash": "0" * 64,
+            "canary": {"share": share, "header": True, "sticky": True},
+        }
+        waiting.change(version, canary=json.dumps(self.signer.sign(payload)))
+        partial = self.folder / "waiting.partial"
+        partial.write_text(json.dumps([asdict(one) for one in waiting.versions]))
+        partial.replace(self.folder / "waiting.json")
+        return self.seq
+
+    def stepped_back(self):
+        file = self.folder / "stepped-back"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def state(self):
         return httpx.get(f"{self.url}/tidegate/state", timeout=10).json()

@@ -11,10 +11,11 @@ import pytest
 from privacy.signing import SigningKey
 from serving.answer_id import resolve
 from serving.replicas import PIN_HEADER, ROUTER_HEADER
-from tests.serving.adapters import random_adapter
+from tests.serving.adapters import overflowing, random_adapter
 from tests.serving.fleet import KEY, STREAM, Fleet, free_port, wait_until
 
 VERSIONS = (1, 2, 3)
+FAILING, TRIGGER = 4, "hello"
 BODY = {"model": STREAM, "messages": [{"role": "user", "content": "where is it"}], "max_tokens": 8, "temperature": 0}
 
 
@@ -23,6 +24,7 @@ def fleet(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fleet")
     for version in VERSIONS:
         random_adapter(tiny, folder / "adapters" / str(version), version)
+    overflowing(tiny, folder / "adapters" / str(FAILING), TRIGGER)
     signer = SigningKey.load_or_create(folder / "approvals.pem")
     running = Fleet(tiny.path, folder, signer, (free_port(), free_port()), free_port())
     try:
@@ -213,6 +215,40 @@ def test_what_a_replica_refuses_is_passed_on(fleet):
     assert httpx.post(f"{fleet.url}/v1/chat/completions", content=b"x" * (1 << 21)).status_code == 413
     assert httpx.get(f"{fleet.url}/v1/models").json()["data"][0]["id"] == STREAM
     assert httpx.get(f"{fleet.url}/nothing").json()["error"]["code"] == "unknown_url"
+
+
+def test_a_canary_is_on_every_replica_and_its_failures_take_none_out(fleet):
+    wait_until(lambda: fleet.up() == [0, 1], what="both")
+    live = fleet.traffic()
+    seq = fleet.canary(FAILING, 0.5)
+
+    def asked(number):
+        return httpx.get(f"{fleet.replica_url(number)}/tidegate/state").json()["streams"][STREAM]["canary"]
+
+    wait_until(lambda: asked(0) and asked(1), what="the canary on both")
+    with httpx.Client(base_url=fleet.url, timeout=60) as client:
+
+        def version(header=None, **more):
+            headers = {"x-tidegate-canary": header} if header else {}
+            reply = client.post("/v1/chat/completions", json={**BODY, "max_tokens": 2, **more}, headers=headers)
+            return reply.status_code, reply.headers.get("x-tidegate-version")
+
+        canary = (200, f"{STREAM}@{FAILING}")
+        assert {version("always") for _ in range(6)} == {canary}
+        assert {version("never") for _ in range(6)} == {(200, f"{STREAM}@{live}")}
+        sides = {user: {version(user=user) for _ in range(4)} for user in map(str, range(8))}
+        assert {len(side) for side in sides.values()} == {1}, "whichever replica answers"
+        assert len(set.union(*sides.values())) == 2
+        assert fleet.state()["streams"][STREAM]["canary"]["requests"] >= 10
+        question = {"messages": [{"role": "user", "content": TRIGGER}]}
+        failed = 0
+        while asked(0) or asked(1):
+            failed += version("always", **question)[0] == 500
+            assert failed < 100
+        assert fleet.up() == [0, 1]
+        assert {version("always", **question) for _ in range(6)} == {(200, f"{STREAM}@{live}")}
+    wait_until(lambda: len(fleet.stepped_back()) == 2, what="both told it")
+    assert {tuple(told[:2]) for told in fleet.stepped_back()} == {(FAILING, seq)}
 
 
 def test_no_replica_no_answer_but_a_time_to_come_back(fleet):

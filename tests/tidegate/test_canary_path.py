@@ -17,11 +17,12 @@ from click.testing import CliRunner
 
 from registry.errors import PromotionRefused, RegistryUnavailable
 from registry.mlflow_store import Candidate
-from tests.serving.adapters import random_adapter
+from tests.serving.adapters import overflowing, random_adapter
 from tests.tidegate.desk import STREAM, make_desk
 from tidegate.cli import cli
 from tidegate.supervisor import tidegate_command
 
+TRIGGER = "hello"
 PROMPT = [{"role": "user", "content": "where is my order"}]
 
 
@@ -169,38 +170,14 @@ def test_a_command_gives_a_candidate_a_share_and_more_and_all(parts, tiny):
         parts.run("promote", STREAM, "2", "--canary", "10%", "--why", "again")
 
 
-def overflowing(base, folder, trigger):
-    """An adapter of finite weights that is well on a probe: its answers overflow where `trigger` is in the prompt.
-
-    The first layer sees every token by itself; this one's direction, times 1e38, is more than a float holds.
-    """
-    import torch
-
-    from learner.adapter import write_adapter
-    from learner.base import load_model, load_tokenizer
-    from learner.layout import weight_name
-    from learner.plan import LoraSettings
-
-    model = load_model(base)
-    (token,) = load_tokenizer(base)(trigger, add_special_tokens=False)["input_ids"]
-    seen = model.model.layers[0].input_layernorm(model.model.embed_tokens.weight[token]).detach()
-    value = model.model.layers[0].self_attn.v_proj
-    down = torch.zeros(4, value.in_features)
-    down[0] = 8 * seen / seen.dot(seen)
-    up = torch.zeros(value.out_features, 4)
-    up[:, 0] = 1e38
-    weights = {weight_name(0, "v_proj", "A"): down, weight_name(0, "v_proj", "B"): up}
-    return write_adapter(folder, LoraSettings(r=4, alpha=4.0), weights, base)
-
-
 def test_a_canary_that_fails_while_mlflow_is_dead_is_over_at_once_and_in_the_history_when_it_is_back(parts, tiny):
     live = next(v for v in parts.desk.service().store.versions(STREAM) if v.version == 2).adapter_sha256
-    register(parts, 3, overflowing(tiny, parts.folder / "adapter-3", "zebra"), parent=live)
+    register(parts, 3, overflowing(tiny, parts.folder / "adapter-3", TRIGGER), parent=live)
     parts.run("promote", STREAM, "3", "--canary", "50%", "--why", "it did well on the gate set")
     parts.wait(lambda: parts.state()["canary"], what="canary")
     assert parts.chat("always").status_code == 200
     parts.kill("mlflow")
-    question = {"messages": [{"role": "user", "content": "zebra"}]}
+    question = {"messages": [{"role": "user", "content": TRIGGER}]}
     assert parts.chat("never", **question).status_code == 200
     failed = 0
     while parts.state()["canary"]:
