@@ -63,6 +63,8 @@ async def compare(asked: CompareRequest, swap: HotSwap, tokens_max: int) -> dict
         live = held.enter_context(swap.lease())
         delivery = swap.delivery
         assert delivery is not None  # noqa: S101 - `_held` found a candidate in it
+        if delivery.shadow is not None:
+            held.enter_context(delivery.shadow.idle.busy())
         try:
             held.enter_context(delivery.candidates.lease(candidate))
         except SwapError as error:
