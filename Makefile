@@ -46,6 +46,7 @@ race-registry: $(INSTALLED) ## sixteen approvers for a minute on a server that i
 
 screenshots: $(INSTALLED) ## the pictures in docs/images, by a headless Chromium
 	@$(BIN)/python -m tests.evaluation.pages docs/images
+	@$(BIN)/python -m tests.registry.showcase docs/images
 	@$(BIN)/python -m tests.tidegate.consoles docs/images
 
 lint: $(INSTALLED) ## ruff, mypy strict, import layers

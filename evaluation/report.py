@@ -127,7 +127,7 @@ def _in_short(evaluation: Evaluation) -> str:
     if whole is None or whole.candidate is None:
         return ""
     told = [f"it answers **{_percent(whole.candidate)} as expected**"]
-    told += [f"what is live now {_percent(whole.live)}"] if whole.live else []
+    told += [f"the live version {_percent(whole.live)}"] if whole.live else []
     told += [f"the bare base {_percent(whole.base)}"] if whole.base else []
     return f"In short: of {whole.n} public questions {', '.join(told)}.\n\n"
 

@@ -5,6 +5,8 @@
 const settings = {
   // Stages are hidden behind "New model registry UI".
   "_mlflow_user_setting_dismiss_next_model_registry_ui": "true",
+  // A dialog recommends hiding them.
+  "_mlflow_model_registry_promo_modal_dismissed_v1": "true",
   // The menu leaves out "Models" unless it is told that models are trained here.
   "mlflow.workflowType_v1": JSON.stringify("machine_learning"),
   // A chat about MLflow opens by itself over a third of the page; there is nothing behind it here.
@@ -23,6 +25,7 @@ try {
 
 const style = document.createElement("style");
 style.textContent = `
+button[data-assistant-ui] { display: none } /* what it would ask is closed on this server */
 [data-testid=note-view-outer-container] img { max-width: 100%; height: auto }
 [data-testid=note-view-outer-container] :is(th, td) { padding: 2px 14px 2px 0; vertical-align: top }
 [data-testid=note-view-outer-container] table + * { margin-top: 8px }
@@ -134,6 +137,14 @@ function standing(told) {
     line.append(make("span", `${name}: `, "soft"), value);
     made.append(line);
   }
+  const below = make("a", "Who decided what, below");
+  below.href = "#"; // MLflow keeps its own place behind the #
+  below.addEventListener("click", event => {
+    event.preventDefault();
+    const found = document.getElementById("tidegate-history");
+    if (found) found.scrollIntoView({block: "center"});
+  });
+  made.append(below);
   return made;
 }
 
@@ -160,7 +171,8 @@ function table(events) {
     const row = body.insertRow();
     row.append(make("td", one.when.replace("T", " ").replace("Z", ""), "when"), make("td", one.who));
     row.append(make("td", String(one.version)));
-    const what = make("td", `${one.what}${one.from ? `, ${one.from} → ${one.to}` : ""}`, one.sentence ? "refused" : "");
+    const what = make("td", one.what, one.sentence ? "refused" : "");
+    if (one.from) what.append(make("div", `${one.from} → ${one.to}`, "soft when"));
     const why = make("td", one.why || "no reason given");
     if (one.sentence) why.append(make("div", one.sentence, "soft"));
     row.append(what, why);

@@ -180,6 +180,8 @@ def standing(
     now = standing_of(history)
     live, canary = now.live, now.canary
     facts = [["Trained from", _parent(chosen, versions, live)]]
+    if chosen.tag("registered_by"):
+        facts.append(["Registered by", f"{chosen.tag('registered_by')} at {_time(chosen.created_at)} UTC"])
     if canary is not None and canary["version"] == number:
         facts.append(["On trial", f"{_what(canary)} by {canary['who']} at {_time(canary['when'])} UTC"])
     return {

@@ -148,11 +148,11 @@ def browse(text, *, width, height=900, dark=False, picture=None):
         dom = run(file.as_uri(), *look, "--dump-dom")
         if picture:
             run(file.as_uri(), *look, f"--screenshot={picture}")
-            _cut(Path(picture), width, height)
+            cut(Path(picture), width, height)
     return json.loads(html.unescape(re.search(r'<pre id="found" hidden="">(.*?)</pre>', dom, re.DOTALL).group(1)))
 
 
-def _cut(picture, width, height):
+def cut(picture, width, height):
     """Only the frame."""
     from PIL import Image
 

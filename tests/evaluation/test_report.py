@@ -82,7 +82,7 @@ def test_the_report_says_it_in_order(gate_set):
         "d" * 40,
         "](accuracy.png)",
         "](report.html)",
-        "of 300 public questions it answers **90% as expected**, what is live now 70%, the bare base 20%.",
+        "of 300 public questions it answers **90% as expected**, the live version 70%, the bare base 20%.",
         "Rejecting the version gives nothing back",
         "round `r0007.1`",
     ):
