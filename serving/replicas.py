@@ -71,7 +71,8 @@ class Agreement:
     """The one version of a stream that gets all traffic; it moves from decision to later decision and never back.
 
     It moves when every healthy replica holds the later one; or when some has for `settle_s` and others do not come
-    after: they get no traffic until they do. A version that nobody holds any more is left at once.
+    after: they get no traffic until they do. A version that nobody holds any more is left at once, and for the bare
+    base, chosen by hand, at the first replica that says so.
 
     Args:
         stream: its name.
@@ -104,6 +105,8 @@ class Agreement:
             return None
         if self._since == math.inf:
             self._since = now_s
+        if traffic and traffic.version and (bare := [one for one in ahead if not one.version]):
+            return bare[-1]
         shared = [one for one in ahead if all(one.pin in other.held for other in said.values())]
         if shared:
             return shared[-1]
@@ -129,7 +132,7 @@ class Agreement:
         return [name for name, one in said.items() if self.traffic is None or self.traffic.pin not in one.held]
 
     def _overtakes(self, one: Said, said: Mapping[str, Said]) -> bool:
-        """A later decision; or none behind the traffic's own any more: the bare base, by hand."""
-        if one.seq > self.floor:
+        """A later decision; or under the same one the bare base, or back from it when nobody is on it any more."""
+        if one.seq > self.floor or not one.version:
             return True
         return self.traffic is not None and all(other.pin != self.traffic.pin for other in said.values())

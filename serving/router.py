@@ -136,7 +136,7 @@ class Router:
         self.agreements: dict[str, Agreement] = {}
         self.metrics = RouterMetrics(self)
         self._token = router_token(answer_key)
-        self._headers = dict(headers or {})
+        self._headers = {name.lower(): value for name, value in (headers or {}).items()}
         self._acknowledge = acknowledge
         self._kept = kept
         self._settle_s, self._poll_s = settle_s, poll_s
@@ -148,6 +148,7 @@ class Router:
         self._news = asyncio.Event()
         self._changed = asyncio.Event()
         self._turn = 0
+        self._watching: set[asyncio.Transport] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._session: aiohttp.ClientSession | None = None
         self._started = datetime.now(UTC)
@@ -161,6 +162,11 @@ class Router:
         await self._govern()
         self._tasks = [asyncio.create_task(self._follow(replica)) for replica in self.replicas]
         self._tasks.append(asyncio.create_task(self._governing()))
+
+    def end(self) -> None:
+        """What never finishes by itself, such as the events of a page that is looked at, ends now."""
+        for transport in self._watching:
+            transport.close()
 
     async def stop(self) -> None:
         """Stop asking. Idempotent."""
@@ -255,6 +261,8 @@ class Router:
         """Acknowledge the version that every healthy replica runs, until the registry has heard it."""
         traffic = agreement.traffic
         if not traffic or not traffic.version or not agreement.complete(said):
+            if traffic and not traffic.version:
+                self._acknowledged.pop(stream, None)  # whatever comes back is told anew
             return
         running = self._acknowledging.get(stream)
         if self._acknowledged.get(stream) == traffic.version or (running and not running.done()):
@@ -329,10 +337,12 @@ class Router:
         return web.json_response({"ready": ready, "streams": streams}, status=200 if ready else 503)
 
     async def _guarded(self, request: web.BaseRequest, body: bytes) -> web.StreamResponse:
-        """The router's own page, for whom a replica would show its own."""
-        if any(replica.up for replica in self.replicas):
+        """The router's own page, for whom a replica would show its own: it has the keys."""
+        ours = self._headers.get("authorization")
+        alive = any(replica.up for replica in self.replicas)
+        if (alive or ours) and (ours is None or request.headers.get("authorization") != ours):
             shown = await self._forward(request, body)
-            if shown.status in {401, 403, 429}:
+            if shown.status != 200:  # noqa: PLR2004 - HTTP OK
                 return shown
         if request.path == "/metrics":
             return web.Response(body=self.metrics.page(), headers={"content-type": self.metrics.content_type})
@@ -486,6 +496,8 @@ class Router:
         response = web.StreamResponse(status=upstream.status, headers=_kept(upstream.headers))
         await response.prepare(request)
         await response.write(first)
+        watching = {request.transport} if request.method == "GET" and request.transport else set()
+        self._watching |= watching
         try:
             async for chunk in upstream.content.iter_any():
                 await response.write(chunk)
@@ -496,6 +508,8 @@ class Router:
             if request.transport:
                 request.transport.close()
             raise ConnectionResetError from error
+        finally:
+            self._watching -= watching
         await response.write_eof()
         return response
 

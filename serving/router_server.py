@@ -101,6 +101,7 @@ async def _listening(router: Router, listener: socket.socket) -> AsyncIterator[N
         await web.SockSite(runner, listener, backlog=BACKLOG).start()
         yield
     finally:
+        router.end()
         await runner.cleanup()
         await router.stop()
 

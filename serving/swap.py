@@ -444,9 +444,9 @@ class HotSwap:
 
     def _held(self) -> list[Served]:
         """What a router may name: what is live, first, and what was a moment ago. Under the lock."""
-        ago = time.monotonic() - PIN_SECONDS
         if self.kill_switch.on:
             return [self._base]
+        ago = time.monotonic() - PIN_SECONDS
         left = [served for served, at in self._left.items() if at > ago and served != self._current]
         return [one for one in (self._current, *left[: -1 - LEFT_MAX : -1]) if one]
 

@@ -66,6 +66,18 @@ def test_a_version_that_nobody_holds_is_left_at_once():
     assert desk.traffic.version in {2, 3}
 
 
+def test_the_bare_base_by_hand_is_followed_at_once_and_left_when_all_have_left_it():
+    desk = settled(at(4), at(4))
+    bare, live = at(4, 0), at(4)
+    settled(bare, live, agreement=desk)
+    assert desk.traffic.version == 0
+    assert desk.behind({"0": bare, "1": live}) == ["1"]
+    settled(live, bare, agreement=desk)
+    assert desk.traffic.version == 0
+    settled(live, live, agreement=desk)
+    assert desk.traffic.version == 4
+
+
 def test_a_router_that_starts_goes_below_no_decision_it_has_kept():
     assert settled(at(4), agreement=Agreement("desk", floor=5)).traffic is None
     assert settled(at(4), at(5, held=[4]), agreement=Agreement("desk", floor=5)).traffic.version == 5

@@ -10,6 +10,7 @@ import pytest
 
 from privacy.signing import SigningKey
 from serving.answer_id import resolve
+from serving.killswitch import KillSwitch
 from serving.replicas import PIN_HEADER, ROUTER_HEADER
 from tests.serving.adapters import overflowing, random_adapter
 from tests.serving.fleet import KEY, STREAM, Fleet, free_port, wait_until
@@ -200,6 +201,20 @@ def test_what_a_stopped_replica_has_not_begun_is_asked_of_another(fleet):
     assert clients.failures == []
 
 
+def test_a_client_that_hangs_up_stops_the_replica(fleet):
+    def gone():
+        pages = [httpx.get(f"{fleet.replica_url(number)}/metrics").text for number in (0, 1)]
+        lines = [line for page in pages for line in page.splitlines() if 'status="499"' in line]
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("tidegate_requests_total"))
+
+    before = gone()
+    body = {**BODY, "stream": True, "max_tokens": 200, "n": 8}
+    with httpx.stream("POST", f"{fleet.url}/v1/chat/completions", json=body, timeout=60) as reply:
+        next(reply.iter_bytes())
+    wait_until(lambda: gone() == before + 1, seconds=20)
+    assert all(replica["in_flight"] == 0 for replica in fleet.state()["replicas"])
+
+
 def test_a_client_cannot_choose_a_version(fleet):
     name = {PIN_HEADER: "0:", ROUTER_HEADER: "guess"}
     for url in (fleet.url, fleet.replica_url(0)):
@@ -249,6 +264,24 @@ def test_a_canary_is_on_every_replica_and_its_failures_take_none_out(fleet):
         assert {version("always", **question) for _ in range(6)} == {(200, f"{STREAM}@{live}")}
     wait_until(lambda: len(fleet.stepped_back()) == 2, what="both told it")
     assert {tuple(told[:2]) for told in fleet.stepped_back()} == {(FAILING, seq)}
+
+
+def test_the_kill_switch_reaches_all_at_once_and_its_end_too(fleet):
+    switches = [KillSwitch(fleet.folder / f"cache-{port}", STREAM) for port in fleet.ports]
+    with Clients(fleet.url) as clients:
+        clients.wait_more()
+        for switch in switches:
+            switch.kill(who="pat", why="test", at="2026-11-24T12:00:00Z")
+        done = time.monotonic()
+        wait_until(lambda: fleet.traffic() == 0)
+        clients.wait_more()
+        killed = [version for begin, version, *_ in clients.answers if begin > done]
+        for switch in switches:
+            switch.end()
+        wait_until(lambda: fleet.traffic() == 2)
+        clients.wait_more()
+    assert clients.failures == []
+    assert set(killed) == {0}
 
 
 def test_no_replica_no_answer_but_a_time_to_come_back(fleet):
