@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
 import httpx  # noqa: E402
+import psutil  # noqa: E402
 import structlog  # noqa: E402
 import torch  # noqa: E402
 
@@ -43,8 +44,12 @@ from serving.engine import Engine, Piece, Sampling  # noqa: E402
 from serving.inprocess import InProcessEngine  # noqa: E402
 from serving.server import running  # noqa: E402
 from serving.swap import HotSwap  # noqa: E402
+from serving.vllm import VllmEngine  # noqa: E402
 from tests.serving.adapters import ALL_TARGETS, random_adapter  # noqa: E402
+from tests.serving.fleet import KEY, free_port  # noqa: E402
 from tests.serving.registry import MODEL, Registry, trusted  # noqa: E402
+from tests.serving.vllm_server import KEY as VLLM_KEY  # noqa: E402
+from tests.serving.vllm_server import python, vllm_server  # noqa: E402
 from tests.tiny import tiny_base  # noqa: E402
 
 DRIVER = ROOT / "bench" / "drivers" / "openloop.py"
@@ -54,6 +59,9 @@ BATCH = 16
 TOKENS = 32
 SHARE_OF_SATURATION = 0.7
 SWAPS = 20
+ROUTER_PAIRS = 4
+WARM_S = 2.0
+PARTS = ("throughput", "swaps", "router")
 THREADS = min(2, os.cpu_count() or 1)  # as `service.threads`
 PROMPTS = (
     "where is my new card",
@@ -99,7 +107,19 @@ def in_process(base: Base, folder: Path, threads: int) -> Iterator[Engine]:  # n
         yield engine
 
 
-ENGINES = {"inprocess": in_process}
+@contextmanager
+def on_vllm(base: Base, folder: Path, threads: int) -> Iterator[Engine]:  # noqa: ARG001 - vLLM takes all cores
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        vllm_server(base, folder) as server,
+        VllmEngine(base, server.url, folder, key=VLLM_KEY, batch_max=BATCH) as engine,
+    ):
+        while not engine.healthy:
+            time.sleep(0.05)
+        yield engine
+
+
+ENGINES = {"inprocess": in_process, "vllm": on_vllm}
 
 
 # Throughput of a batch
@@ -198,7 +218,7 @@ def driven(plan: dict[str, Any], folder: Path) -> Iterator[list[dict[str, Any]]]
 
 def saturation(url: str, size: Size, folder: Path) -> float:
     """Answers a second when more ask than a batch holds."""
-    begin = time.monotonic() + 2
+    begin = time.monotonic() + WARM_S
     plan = {"url": url, "bodies": bodies(size), "clients": 2 * BATCH, "until_s": begin + size.saturating_s}
     with driven(plan, folder) as rows:
         pass
@@ -260,6 +280,52 @@ def swaps(name: str, base: Base, adapters: dict[int, Path], size: Size, threads:
         "saturation_per_s": most,
         "asked_per_s": rate,
     }
+
+
+def through_router(
+    name: str, base: Base, adapters: dict[int, Path], size: Size, threads: int, folder: Path
+) -> dict[str, Any]:
+    """Throughput of one saturated server, asked by itself and through a router before it, in turns."""
+    registry = Registry(SigningKey.load_or_create(folder / "approvals.pem"), dict(adapters))
+    source = {"wanted": registry.wanted, "fetch": registry.fetch, "acknowledge": registry.acknowledge}
+    with ExitStack() as open_parts:
+        engine = open_parts.enter_context(ENGINES[name](base, folder / name, threads))
+        swap = HotSwap(MODEL, engine, cache=folder / "cache", trusted=trusted(registry.signer), **source)
+        registry.promote(1)
+        url = open_parts.enter_context(running([swap], answer_key=KEY))
+        while not (swap.current and swap.current.version == 1):
+            time.sleep(0.01)
+        port = free_port()
+        command = [sys.executable, "-m", "tests.serving.fleet", "route", str(folder), str(port), url]
+        router = subprocess.Popen(command, cwd=ROOT)
+        open_parts.callback(router.kill)
+        before = f"http://127.0.0.1:{port}"
+        while not is_ready(before):
+            time.sleep(0.05)
+        saturation(url, size, folder)  # warms up
+        cpu = psutil.Process(router.pid)
+        rates: dict[str, list[float]] = {url: [], before: []}
+        spent_s = 0.0
+        for pair in range(ROUTER_PAIRS):
+            for where in (url, before) if pair % 2 else (before, url):
+                begun_s = sum(cpu.cpu_times()[:2])
+                rates[where].append(saturation(where, size, folder))
+                spent_s += sum(cpu.cpu_times()[:2]) - begun_s if where == before else 0.0
+    lost = [1 - routed / direct for direct, routed in zip(rates[url], rates[before], strict=True)]
+    return {
+        "router_overhead": statistics.mean(lost),
+        "router_overhead_se": statistics.stdev(lost) / len(lost) ** 0.5,
+        "router_cores": spent_s / (ROUTER_PAIRS * (size.saturating_s + WARM_S)),
+        "direct_per_s": statistics.mean(rates[url]),
+        "routed_per_s": statistics.mean(rates[before]),
+    }
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz").status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
 
 
 def expected(engine: Engine, adapters: dict[int, Path], size: Size) -> dict[tuple[str, int], str]:
@@ -345,11 +411,13 @@ def measure(engine: str, name: str, base: Base, options: argparse.Namespace, fol
     if options.requests:
         size = replace(size, requests=options.requests)
     figures: dict[str, Any] = {}
-    parts = options.part or ["throughput", "swaps"]
+    parts = options.part or PARTS
     if "throughput" in parts and engine == "inprocess":
         figures |= throughput(base, adapters[1], size)
     if "swaps" in parts:
         figures |= swaps(engine, base, adapters, size, options.threads, folder / name)
+    if "router" in parts and engine == "vllm":
+        figures |= through_router(engine, base, adapters, size, options.threads, folder / name)
     return figures
 
 
@@ -371,21 +439,28 @@ def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     asked.add_argument("--engine", choices=ENGINES, action="append", help="default: all")
     asked.add_argument("--base", choices=SIZES, action="append", help="default: all")
-    asked.add_argument("--part", choices=("throughput", "swaps"), action="append", help="default: all")
+    asked.add_argument("--part", choices=PARTS, action="append", help="default: all")
     asked.add_argument("--requests", type=int, help="at 70%% of saturation; default: 2000, which the figures are for")
     asked.add_argument("--threads", type=int, default=THREADS, help="of the in-process engine")
     options = asked.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     folder = Path(tempfile.mkdtemp(prefix="bench-serving-"))
+    wanted = options.engine or list(ENGINES)
+    if python() is None and "vllm" in wanted:
+        print("vllm is left out: `make vllm` builds its environment")
+        wanted.remove("vllm")
     bases = {
-        "tiny": lambda: tiny_base(folder / "tiny-base"),
-        "135M": lambda: prepare_base(EMBEDDED, Path(os.environ.get("TIDEGATE_BASES", ROOT / "workspace" / "bases"))),
+        # vLLM's attention on a CPU has no heads of 16.
+        "tiny": lambda engine: tiny_base(folder / f"tiny-{engine}", hidden=64 if engine == "vllm" else 32),
+        "135M": lambda _engine: prepare_base(
+            EMBEDDED, Path(os.environ.get("TIDEGATE_BASES", ROOT / "workspace" / "bases"))
+        ),
     }
     try:
         for name in options.base or SIZES:
-            for engine in options.engine or ENGINES:
-                found = measure(engine, name, bases[name](), options, folder / engine)
+            for engine in wanted:
+                found = measure(engine, name, bases[name](engine), options, folder / engine)
                 column = f"{engine} {name}"
                 results[column] = results.get(column, {}) | found
                 RESULTS.parent.mkdir(exist_ok=True)

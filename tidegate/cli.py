@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ingest": ("tidegate.commands.service", "Consume a stream's topic into versioned blocks."),
     "learn": ("tidegate.commands.service", "Run rounds of all streams on their schedule."),
     "serve": ("tidegate.commands.service", "Serve what the registry says, OpenAI-compatible."),
+    "vllm": ("tidegate.commands.service", "Run vLLM for a stream whose engine it is."),
     "route": ("tidegate.commands.service", "Route requests to several servers, all of them on one version."),
     "produce": ("tidegate.commands.data", "Put labelled records from files on a stream's topic."),
     "blocks": ("tidegate.commands.blocks", "List a stream's sealed blocks."),

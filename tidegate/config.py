@@ -24,7 +24,7 @@ from tidegate.webhook import check_url
 
 ENV_PREFIX = "TIDEGATE__"
 STREAM_NAME = re.compile(r"[a-z][a-z0-9-]{0,40}\Z")
-REPLICA_URL = re.compile(r"http://([a-z0-9.-]+|\[[0-9a-f:]+\]):[1-9][0-9]{0,4}\Z")
+REPLICA_URL = re.compile(r"^http://([a-z0-9.-]+|\[[0-9a-f:]+\]):[1-9][0-9]{0,4}$")
 Port = Annotated[int, Field(ge=0, le=65535)]
 Rank = Annotated[int, Field(ge=1, le=512)]
 
@@ -293,6 +293,9 @@ class CanarySettings(_Section):
 class ServingSettings(_Section):
     """How answers are made."""
 
+    engine: Literal["inprocess", "vllm"] = "inprocess"
+    vllm_url: Annotated[str, Field(pattern=REPLICA_URL.pattern)] = "http://127.0.0.1:8100"
+    vllm_dtype: Literal["float32", "bfloat16"] = "float32"
     poll_seconds: Annotated[float, Field(gt=0, le=60)] = 0.5
     batch_max: Annotated[int, Field(ge=1, le=512)] = 16
     queue_max: Annotated[int, Field(ge=1)] = 256
@@ -340,6 +343,14 @@ class StreamSettings(_Section):
             raise ValueError(
                 f"learner.priors names {', '.join(sorted(named))}: must name every one of ingest.domains, or every one "
                 f"of ingest.labels, each with the share that is expected of it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_has_what_is_trained(self) -> StreamSettings:
+        if self.serving.engine == "vllm" and self.learner.lora.bottleneck:
+            raise ValueError(
+                "serving.engine: vllm has no bottleneck adapters; learner.lora.bottleneck must be 0; or inprocess"
             )
         return self
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from registry.states import ModelVersion
     from serving.access import Access
     from serving.delivery import Delivery
+    from serving.engine import Engine
     from serving.shadow import Idle
     from serving.swap import HotSwap, Wanted
     from tidegate.wiring import Service
@@ -69,23 +70,17 @@ def swaps_of(service: Service, replica: str = "") -> list[HotSwap]:
         service: the workspace.
         replica: which of several servers behind a router; then the router acknowledges, when all run a version.
     """
-    from serving.inprocess import InProcessEngine
     from serving.shadow import Idle
     from serving.swap import HotSwap
 
-    engines: dict[tuple[str, str | None], InProcessEngine] = {}
-    idle: dict[tuple[str, str | None], Idle] = {}
+    engines: dict[tuple[str, str | None, str], Engine] = {}
+    idle: dict[tuple[str, str | None, str], Idle] = {}
     swaps = []
     for stream, settings in service.settings.streams.items():
-        shared = (settings.base, settings.learner.system)
+        where = settings.serving.vllm_url if settings.serving.engine == "vllm" else ""
+        shared = (settings.base, settings.learner.system, where)
         if shared not in engines:
-            engines[shared] = InProcessEngine(
-                service.base(stream),
-                system=settings.learner.system,
-                threads=service.settings.service.threads,
-                batch_max=settings.serving.batch_max,
-                queue_max=settings.serving.queue_max,
-            )
+            engines[shared] = engine_of(service, stream, replica)
             idle[shared] = Idle(engines[shared])
         model = service.model(stream)
 
@@ -114,6 +109,28 @@ def swaps_of(service: Service, replica: str = "") -> list[HotSwap]:
         )
         swaps[-1].delivery = delivery_of(service, swaps[-1], look, fetch, idle[shared], replica)
     return swaps
+
+
+def engine_of(service: Service, stream: str, replica: str = "") -> Engine:
+    """The engine a stream's settings ask for."""
+    settings = service.stream(stream)
+    plain = {"batch_max": settings.serving.batch_max, "queue_max": settings.serving.queue_max}
+    if settings.serving.engine == "vllm":
+        from serving.vllm import VllmEngine
+
+        return VllmEngine(
+            service.base(stream),
+            settings.serving.vllm_url,
+            service.workspace.serving / "vllm",
+            owner=f"{service.workspace.root}\n{replica}",
+            system=settings.learner.system,
+            key=service.vllm_key,
+            **plain,
+        )
+    from serving.inprocess import InProcessEngine
+
+    threads = service.settings.service.threads
+    return InProcessEngine(service.base(stream), system=settings.learner.system, threads=threads, **plain)
 
 
 def delivery_of(

@@ -6,9 +6,12 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
+from serving.access import is_loopback
 from tidegate.route import local_replicas, name_of
 from tidegate.supervisor import Part, Supervisor, tidegate_command
+from tidegate.vllm import engines_on_vllm
 from tidegate.wiring import Service
 
 # The registry imports MLflow, the server loads a base model: cold disks make both slow once.
@@ -47,6 +50,9 @@ def parts_of(service: Service, *, learn: bool = True) -> list[Part]:
     if service.settings.service.mlflow.uri == "embedded":
         parts.append(part("mlflow", "mlflow"))
     parts.extend(part(f"ingest-{stream}", "ingest", stream) for stream in service.settings.streams)
+    for url, stream in engines_on_vllm(service).items():
+        if is_loopback(urlsplit(url).hostname or ""):
+            parts.append(part(f"vllm-{stream}", "vllm", stream))
     if service.settings.service.replicas:
         parts.extend(part(f"serve-{name_of(url)}", "serve", "--replica", url) for url in local_replicas(service))
         parts.append(part("route", "route"))

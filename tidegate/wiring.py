@@ -249,6 +249,11 @@ class Service:
         """What a request of this workspace's own commands to its server carries."""
         return {"Authorization": f"Bearer {self.local_api_key}"} if self.api_keys_required else {}
 
+    @property
+    def vllm_key(self) -> str:
+        """The API key of vLLM, which whoever may load adapters needs: TIDEGATE_VLLM_KEY, a key file, or made here."""
+        return read_secret("vllm_key", self.keys_dir) or self.secret_bytes("vllm").hex()
+
     @cached_property
     def store(self) -> MlflowStore:
         """The model registry."""

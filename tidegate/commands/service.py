@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -190,6 +191,18 @@ def serve(given: str | None, replica: str | None) -> None:
     from tidegate.serve import run_server
 
     run_server(_open(given), replica)
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("stream")
+@click.argument("more", nargs=-1, metavar="[-- ARGUMENTS OF VLLM'S OWN]")
+@click.option("--env", type=click.Path(), help="Environment that has vLLM; default: .venv-vllm, from `make vllm`.")
+@click.pass_obj
+def vllm(given: str | None, stream: str, more: tuple[str, ...], env: str | None) -> None:
+    """Run vLLM on STREAM's base at serving.vllm_url, taking adapters while it runs. For streams with engine: vllm."""
+    from tidegate.vllm import ENVIRONMENT, run_vllm
+
+    run_vllm(_open(given), stream, Path(env) if env else ENVIRONMENT, more)
 
 
 @click.command()
