@@ -85,9 +85,9 @@ def create_app(app: Flask = mlflow_app) -> Any:
         return Promotions(InProcess(), approvals, Trust.from_dir(keys, open_models), hashed)
 
     guard(app, promotions, approvals)
-    _pages(app, promotions, TrustedKeys.from_dir(keys, "approvals"))
     _settle(promotions, approvals)
     rules = Rules(InProcess(), approvals, Registrars(url), frozenset(_names("TIDEGATE_SOLO_MODELS")))
+    _pages(app, promotions, TrustedKeys.from_dir(keys, "approvals"), rules)
     if os.environ.get("TIDEGATE_MLFLOW_AUTH") == "basic":
         return judging.with_logins(app, rules, keys, _names("TIDEGATE_MODELS"))
     return judging.without_logins(app, rules)
@@ -127,7 +127,7 @@ def _settle(promotions: Callable[[], Promotions], approvals: Approvals) -> None:
             log.warning("not settled", model=model, why=str(error))
 
 
-def _pages(app: Flask, promotions: Callable[[], Promotions], keys: Verifier) -> None:
+def _pages(app: Flask, promotions: Callable[[], Promotions], keys: Verifier, rules: Rules) -> None:
     """Add what people read of decisions: the facts of the panel on a version's page, and the history of a model."""
 
     def standing() -> Response:
@@ -143,6 +143,7 @@ def _pages(app: Flask, promotions: Callable[[], Promotions], keys: Verifier) -> 
             approvals=desk.approvals,
             seal=page.seal_of(desk.approvals, keys, page.carried_by(versions)),
             objection=lambda version: desk.objection(model, version),
+            hindrance=judging.hindrance(app, rules, model, int(number)),
         )
         return jsonify(told)
 

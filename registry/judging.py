@@ -37,6 +37,8 @@ log = structlog.get_logger()
 
 # The guard's own pages: each about one model.
 _OF_A_MODEL = ("/tidegate/approvals", "/tidegate/standing", "/tidegate/history")
+# Under this name the app keeps who asks.
+_CALLER = "tidegate_caller"
 _PROXIED = "/mlflow-artifacts/artifacts/"
 # What a handler reads its body as, by the handler's name, which is its route's endpoint.
 _MESSAGES = {handler.__name__: kind for kind, handler in handlers.HANDLERS.items()}
@@ -66,6 +68,7 @@ def with_logins(app: Flask, rules: Rules, keys: Path, models: Iterable[str]) -> 
     logins.provide(models, passwords)
     for page_path in ("/tidegate/health", *_OF_A_MODEL):
         open_to_all_users(f"{at}{page_path}")
+    app.extensions[_CALLER] = logins.caller
     app.before_request(_judge(rules, logins.caller))
     app.before_request(_reading(logins))
     app.after_request(_noting(rules.registrars))
@@ -100,6 +103,19 @@ def _tell_routes(app: Flask, asgi: Any) -> None:
         return jsonify({"routes": [{"path": p, "method": m, "gate": gate} for (p, m), gate in gates.items()]})
 
     app.add_url_rule(f"{prefix()}/tidegate/routes", "tidegate_routes", translated(routes))
+
+
+def hindrance(app: Flask, rules: Rules, model: str, version: int) -> str:
+    """Why whoever asks may not approve a version, whatever its papers say; empty when they may, or without logins."""
+    caller_of = app.extensions.get(_CALLER)
+    if caller_of is None:
+        return ""
+    change = Change(Gate.TRANSITION, request.path, model=model, version=version, stage=PRODUCTION)
+    try:
+        rules.judge(change, caller_of(who()))
+    except PromotionRefused as refusal:
+        return str(refusal)
+    return ""
 
 
 def _judge(rules: Rules, caller_of: Callable[[str], Caller]) -> View:

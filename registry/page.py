@@ -161,6 +161,7 @@ def standing(
     approvals: Approvals,
     seal: Seal,
     objection: Callable[[int], str],
+    hindrance: str = "",
 ) -> dict[str, Any]:
     """Where a version stands now, for the panel on its page.
 
@@ -171,6 +172,7 @@ def standing(
         approvals: the history.
         seal: whether it holds.
         objection: why a version could not go to Production now; empty when it could.
+        hindrance: why it could not by whoever asks; empty when it could.
 
     Raises:
         UnknownVersion: the model has no such version.
@@ -187,7 +189,7 @@ def standing(
     return {
         "model": model,
         "version": number,
-        "says": _says(chosen, live, "" if _answers(chosen, live) else objection(number)),
+        "says": _says(chosen, live, "" if _answers(chosen, live) else objection(number), hindrance),
         "facts": facts,
         "events": [event.as_json() for event in events_of(history, approvals.refusals(model))],
         "seal": {"holds": seal.holds, "sentence": seal.sentence},
@@ -257,23 +259,26 @@ def _answers(chosen: ModelVersion, live: Approval | None) -> bool:
     return live is not None and live["version"] == chosen.version
 
 
-def _says(chosen: ModelVersion, live: Approval | None, objection: str) -> dict[str, str]:
+def _says(chosen: ModelVersion, live: Approval | None, objection: str, hindrance: str) -> dict[str, str]:
     """One line that a person who opens the page reads first, and what they can do."""
     if live is not None and _answers(chosen, live):
         why = f": “{live['why']}”" if live["why"] else ", without a reason"
         told = f"Approved by {live['who']} at {_time(live['when'])} UTC{why}."
         return {"kind": "live", "head": "It is live: it answers now", "sentence": told}
     if objection:
-        head = _SAYS.get(chosen.state) if chosen.state else None
-        return {"kind": "no", "head": head or "It cannot go to Production", "sentence": f"{objection}."}
+        known = _SAYS.get(chosen.state) if chosen.state else None
+        return {"kind": "no", "head": known or "It cannot go to Production", "sentence": f"{objection}."}
+    head = "It was live before" if chosen.state is State.RETIRED else "It passed its gates and waits for a decision"
+    if hindrance:
+        return {"kind": "waits", "head": head, "sentence": f"Not yours to approve: {hindrance}."}
     if chosen.state is State.RETIRED:
         told = "Stage, Transition to Production goes back to it at once; say why in the comment."
-        return {"kind": "waits", "head": "It was live before", "sentence": told}
+        return {"kind": "waits", "head": head, "sentence": told}
     told = (
         "To approve it: Stage, Transition to Production. To reject it, for good: Transition to Archived. "
         "Say why in the comment: it is kept with your name."
     )
-    return {"kind": "waits", "head": "It passed its gates and waits for a decision", "sentence": told}
+    return {"kind": "waits", "head": head, "sentence": told}
 
 
 def _parent(chosen: ModelVersion, versions: Sequence[ModelVersion], live: Approval | None) -> str:
