@@ -220,7 +220,7 @@ class _Desk:
                 swap = self.swap(asked.model, caller, "answer")
                 stream = swap.stream
                 pin = self._pin(request)
-                trip = held.enter_context(admit(swap, request.headers.get(HEADER), asked.user, pin))
+                trip = held.enter_context(admit(swap, request.headers.get(HEADER), asked.person, pin))
                 served = trip.served
                 version = served.name
                 prompts = await asyncio.to_thread(_prompt_ids, swap.engine, asked)

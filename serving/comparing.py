@@ -7,11 +7,11 @@ the same way; a user with a thousand requests is one unit.
 
     errors   units with a failed answer
     slower   the slower half, after the canary's times were divided by `latency_ratio`
-    slowest  the slowest tenth, the same way
+    slowest  the slowest tenth, the same way, and the slowest fiftieth: a few very slow answers move no median
 
 The division makes the null hypothesis `not slower by more than that factor`: smaller canary times only lower the count.
-Looking again and again finds something in the end: so the i-th window, its j-th look and each of the three tests get
-the share 1/(i(i+1)) * 1/(j(j+1)) * 1/3 of `false_alarm`. These add up to 1, so that the chance to step back from a
+Looking again and again finds something in the end: so the i-th window, its j-th look and each of the four tests get
+the share 1/(i(i+1)) * 1/(j(j+1)) * 1/4 of `false_alarm`. These add up to 1, so that the chance to step back from a
 canary that is not worse is at most `false_alarm`, however long it runs (union bound). When looks happen follows the
 number of requests alone, never what was seen. Windows begin anew, so that good days do not hide a bad hour.
 """
@@ -29,7 +29,7 @@ LOOK_GROWTH = 1.25
 WINDOW_LOOKS = 25
 # Of a window's requests: bounds the memory when the share is tiny.
 WINDOW_REQUESTS_MAX = 50_000
-TESTS = 3
+TESTS = 4
 # Failed answers of the canary in a row, while live failed none: no statistics needed.
 FAILED_RUN = 5
 
@@ -139,7 +139,7 @@ def worse(canary: Sequence[_Unit], live: Sequence[_Unit], level: float, latency_
     times = [u.seconds / (u.requests - u.failed) for u in canary if u.requests > u.failed]
     live_times = [u.seconds / (u.requests - u.failed) for u in live if u.requests > u.failed]
     scaled = [seconds / latency_ratio for seconds in times]
-    for share, name in ((0.5, "half"), (0.1, "tenth")):
+    for share, name in ((0.5, "half"), (0.1, "tenth"), (0.02, "fiftieth")):
         found = _among_slowest(scaled, live_times, share)
         if found is not None and found[0] <= level / TESTS:
             p, among = found

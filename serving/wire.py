@@ -120,6 +120,11 @@ class Request(_Strict):
         return self.max_tokens
 
     @property
+    def person(self) -> str | None:
+        """Whom the client asks for, by a name of its own."""
+        return self.user
+
+    @property
     def usage_in_stream(self) -> bool:
         """Whether a last chunk shall carry the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -148,6 +153,11 @@ class ChatRequest(Request):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: is only allowed when logprobs is true")
         return self
+
+    @property
+    def person(self) -> str | None:
+        """The newer name wins."""
+        return self.safety_identifier or self.user
 
     @property
     def tokens_asked(self) -> int | None:
