@@ -207,7 +207,7 @@ def _spent(evaluation: Evaluation) -> str:
         )
     return (
         "### What was spent\n\n"
-        "| sealed guarantee | protects one | share of the fullest block's filter used |\n|---|---|---:|\n"
+        "| sealed guarantee | protects one | share of the fullest block's budget used |\n|---|---|---:|\n"
         f"| epsilon {facts.epsilon:g}, delta {facts.delta:g} | {_safe(facts.unit)} "
         f"| {100 * facts.share_used:.1f}% |\n\n"
         + (f"Promised: {_safe(facts.promise)}. " if facts.promise else "")

@@ -153,7 +153,13 @@ def examples_of(
 
 
 def evaluate_version(
-    service: Service, stream: str, number: int, tell: Callable[[str, int, int], None], *, everything: bool
+    service: Service,
+    stream: str,
+    number: int,
+    tell: Callable[[str, int, int], None],
+    *,
+    everything: bool,
+    side_by_side: bool = False,
 ) -> tuple[Evaluation, int | None]:
     """Run today's gates on any version against what is live now; returns the evaluation and the live version.
 
@@ -196,8 +202,29 @@ def evaluate_version(
             private=lambda: PrivateScores(None, refusal=refusal),
             tell=tell,
             everything=everything,
+            side_by_side=side_by_side,
         )
     return evaluation, live.version if live else None
+
+
+def page_of(service: Service, stream: str, number: int, evaluation: Evaluation) -> bytes:
+    """The page of an evaluation that no round made: the same as a round's, of now.
+
+    Raises:
+        UnknownVersion: the model has no such version.
+    """
+    from evaluation.report import PAGE_NAME
+    from learner.plan import RoundPlan
+    from registry.approvals import now
+    from registry.promotion import pick
+    from tidegate.reports import reports
+
+    versions = service.store.versions(service.model(stream))
+    plan = RoundPlan.model_validate(json.loads(pick(versions, service.model(stream), number).tag("plan")))
+    parent = next((v for v in versions if v.tag("adapter_sha256") == plan.parent_sha256), None)
+    line = line_of(versions, parent, evaluation)
+    base = service.base(stream, lambda *_: None)
+    return reports(plan, base, evaluation, {"made_at": now()}, parent=parent, line=line)[PAGE_NAME]
 
 
 def stored_adapter(service: Service, stream: str, sha256: str, versions: Sequence[ModelVersion]) -> Path:

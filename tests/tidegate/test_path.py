@@ -230,7 +230,10 @@ def test_the_gates_can_be_read_and_run_on_any_version_and_nothing_changes(desk):
         "format",
     ]
     before = desk.service().store.versions(STREAM)
-    again = desk.json("evaluate", STREAM, "2")
+    page = desk.root / "evaluated.html"
+    again = desk.json("evaluate", STREAM, "2", "--out", str(page))
+    for part in (f'"{again["outcome"]}"', "Examples", f"{STREAM}-r0002"):
+        assert part in page.read_text(encoding="utf-8")
     assert desk.service().store.versions(STREAM) == before
     verdict = json.loads(next(v for v in before if v.version == 2).tag("verdict"))
     for name in ("gates", "outcome", "reasons", "not_measured", "policy_sha256"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -58,10 +59,17 @@ def explain(given: str | None, stream: str, *, want_json: bool) -> None:
 @click.argument("stream")
 @click.argument("version", type=int)
 @click.option("--all", "everything", is_flag=True, help="Go on measuring after a gate that decides has failed.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write the page of evidence there, with examples, as a round does: one HTML file.",
+)
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @_JSON
 @click.pass_obj
-def evaluate(given: str | None, stream: str, version: int, *, everything: bool, quiet: bool, want_json: bool) -> None:
+def evaluate(
+    given: str | None, stream: str, version: int, *, everything: bool, out: Path | None, quiet: bool, want_json: bool
+) -> None:
     """Run STREAM's gates of today on VERSION, against what is live now. Nothing is signed or changed.
 
     The registry keeps the verdict that the version was promoted or refused by. Gates on the stream's own holdout are
@@ -70,14 +78,18 @@ def evaluate(given: str | None, stream: str, version: int, *, everything: bool, 
     Exit code: 0 when it passes, 1 when it fails or is undecided.
     """
     from tidegate import log
-    from tidegate.evidence import evaluate_version
+    from tidegate.evidence import evaluate_version, page_of
     from tidegate.progress import bar
     from tidegate.wiring import open_service
 
     log.configure()
     service = open_service(given)
     with bar(quiet=quiet or want_json) as tell:
-        found, live = evaluate_version(service, stream, version, tell, everything=everything)
+        found, live = evaluate_version(
+            service, stream, version, tell, everything=everything, side_by_side=out is not None
+        )
+    if out is not None:
+        out.write_bytes(page_of(service, stream, version, found))
     if want_json:
         output.as_json(_json(stream, version, live, found))
     else:
