@@ -6,6 +6,7 @@ rules in an ASGI layer that lies inside MLflow's authentication.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from pathlib import Path
@@ -63,8 +64,7 @@ def with_logins(app: Flask, rules: Rules, keys: Path, models: Iterable[str]) -> 
 
     logins, at = Logins(), prefix()
     asgi = with_authentication(app)
-    files = {str(role): keys / f"mlflow_{role}" for role in SERVICES}
-    passwords = {role: file.read_text("utf-8").strip() for role, file in files.items() if file.is_file()}
+    passwords = {str(role): _password(keys, role) for role in SERVICES if _password(keys, role)}
     logins.provide(models, passwords)
     for page_path in ("/tidegate/health", *_OF_A_MODEL):
         open_to_all_users(f"{at}{page_path}")
@@ -89,6 +89,13 @@ def with_logins(app: Flask, rules: Rules, keys: Path, models: Iterable[str]) -> 
     _guard_native(asgi, rules, logins.caller)
     _tell_routes(app, asgi)
     return asgi
+
+
+def _password(keys: Path, role: str) -> str:
+    """Of one of the service's own users: from a variable, or from a file of the keys folder; empty when neither is."""
+    file = keys / f"mlflow_{role}"
+    kept = file.read_text("utf-8") if file.is_file() else ""
+    return os.environ.get(f"TIDEGATE_MLFLOW_{role.upper()}", kept).strip()
 
 
 def _tell_routes(app: Flask, asgi: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tidegate.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUPS = ("apikeys", "dlq", "expectations", "gates", "hooks")
+GROUPS = ("apikeys", "dlq", "expectations", "gates", "hooks", "users")
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.md")]
 
 

@@ -44,6 +44,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "status": ("tidegate.commands.insight", "What runs, what waits, what is spent, what is wrong."),
     "lineage": ("tidegate.commands.insight", "From a version or an answer id back to the topic's offsets."),
     "audit": ("tidegate.commands.audit", "Recompute what was spent on whose data; export or verify the proof."),
+    "users": ("tidegate.commands.users", "Who may train, approve and read: logins of MLflow and their roles."),
     "keys": ("tidegate.commands.keys", "List, export and change the keys that sign."),
     "apikeys": ("tidegate.commands.apikeys", "Add, list and revoke the keys of the API, with scopes and limits."),
     "ask": ("tidegate.commands.insight", "Ask the live version a question."),

@@ -29,6 +29,9 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 Rank = Annotated[int, Field(ge=1, le=512)]
 
 
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,12 +50,33 @@ class BrokerSettings(_Section):
 
 
 class MlflowSettings(_Section):
-    """Where the model registry is. `embedded` starts MLflow with the promotion guard in the workspace."""
+    """Where the model registry is. `embedded` starts MLflow with the promotion guard in the workspace.
+
+    Without logins everybody who reaches it may decide, so it then listens to this machine alone, unless
+    `unprotected` says that something else stands in between.
+    """
 
     uri: str = "embedded"
     host: str = "127.0.0.1"
     port: Port = 5000
+    names: tuple[str, ...] = ()
     backend: str = "embedded"
+    auth: Literal["off", "basic"] = "off"
+    unprotected: bool = False
+
+    @field_validator("auth", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, auth: Any) -> Any:
+        return "off" if auth is False else auth  # YAML takes a bare `off` for false
+
+    @model_validator(mode="after")
+    def _open_to_this_machine_alone(self) -> MlflowSettings:
+        if self.auth == "off" and self.host not in LOOPBACK and not self.unprotected:
+            raise ValueError(
+                f"host {self.host} is reached from outside and asks for no login: set auth: basic, or "
+                f"unprotected: true if something in front of it asks"
+            )
+        return self
 
 
 class LedgerSettings(_Section):
@@ -276,9 +300,13 @@ class EvaluationSettings(_Section):
 
 
 class RegistrySettings(_Section):
-    """The registered model's name in MLflow; empty: the stream's name. And what pruning leaves to roll back to."""
+    """The registered model's name in MLflow; empty: the stream's name. And what pruning leaves to roll back to.
+
+    `four_eyes: auto` is true where MLflow asks for logins.
+    """
 
     model: str = ""
+    four_eyes: bool | Literal["auto"] = "auto"
     keep_previous: Annotated[int, Field(ge=1, le=10_000)] = 10
 
 
@@ -376,6 +404,17 @@ class Settings(_Section):
             if not STREAM_NAME.match(name):
                 raise ValueError(f"stream name {name!r}: must match [a-z][a-z0-9-]*, at most 41 characters")
         return streams
+
+    @model_validator(mode="after")
+    def _four_eyes_need_logins(self) -> Settings:
+        asking = self.service.mlflow.auth == "basic"
+        for name, stream in self.streams.items():
+            if stream.registry.four_eyes is True and not asking:
+                raise ValueError(
+                    f"streams.{name}.registry.four_eyes: true tells people apart by their logins; "
+                    f"set service.mlflow.auth: basic"
+                )
+        return self
 
     @model_validator(mode="after")
     def _batch_fits(self) -> Settings:

@@ -27,7 +27,7 @@ def roll_back(service: Service, stream: str, *, to: int | None, why: str, who: s
     target = to if to is not None else _previous(service.approvals(), model)
     if emergency:
         return _without_registry(service, stream, target, why=why, who=who)
-    approval = service.store.promote(
+    approval = service.desk.promote(
         model, target, why=why, who=who, approvals=service.approvals(signing=True), trust=service.trust
     )
     return f"version {target} of {model} is Production again; approval {approval['seq']} signed by {approval['key_id']}"

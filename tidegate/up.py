@@ -9,6 +9,7 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from serving.access import is_loopback
+from tidegate import identities
 from tidegate.route import local_replicas, name_of
 from tidegate.supervisor import Part, Supervisor, tidegate_command
 from tidegate.vllm import engines_on_vllm
@@ -63,6 +64,15 @@ def parts_of(service: Service, *, learn: bool = True) -> list[Part]:
     return parts
 
 
+def make_logins(service: Service, say: Callable[[str], None]) -> None:
+    """Make the logins of an MLflow that is to ask for them; the admin's password is said when it is made, only then."""
+    if not service.asks_logins or service.settings.service.mlflow.uri != "embedded":
+        return
+    password = identities.ensure(service.keys_dir)
+    if password:
+        say(f"MLflow   user admin, password {password}   (shown once; kept in {service.keys_dir}/mlflow_admin)")
+
+
 def start_all(service: Service, say: Callable[[str], None], *, learn: bool = True) -> Supervisor:
     """Start every part and wait until each answers; on failure nothing is left running.
 
@@ -74,6 +84,7 @@ def start_all(service: Service, say: Callable[[str], None], *, learn: bool = Tru
         "mlflow": lambda: answers(f"{service.mlflow_uri}/health"),
         "api": lambda: answers(f"{service.api_uri}/readyz"),
     }
+    make_logins(service, say)  # here, and not in the part, whose output is a log
     supervisor = Supervisor(parts_of(service, learn=learn), say)
     try:
         for part in supervisor.parts:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from tidegate.config import Resolved, Settings, StreamSettings, load, read_secret
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from registry.approvals import Approvals
     from registry.mlflow_store import MlflowStore
     from registry.promotion import Trust
+    from registry.server import Logins
 
 SPLIT_KEY_BYTES = 32
 
@@ -39,6 +40,8 @@ class Service:
 
     workspace: Workspace
     resolved: Resolved
+    # Which login of the service's own this process has in the registry.
+    acting: Literal["learner", "server"] = "learner"
 
     @property
     def settings(self) -> Settings:
@@ -212,7 +215,8 @@ class Service:
     def mlflow_uri(self) -> str:
         """MLflow's address."""
         mlflow = self.settings.service.mlflow
-        return f"http://127.0.0.1:{mlflow.port}" if mlflow.uri == "embedded" else mlflow.uri
+        host = "127.0.0.1" if mlflow.host in {"0.0.0.0", "::"} else mlflow.host  # noqa: S104 - compared, not bound
+        return f"http://{host}:{mlflow.port}" if mlflow.uri == "embedded" else mlflow.uri
 
     @property
     def api_uri(self) -> str:
@@ -254,12 +258,73 @@ class Service:
         """The API key of vLLM, which whoever may load adapters needs: TIDEGATE_VLLM_KEY, a key file, or made here."""
         return read_secret("vllm_key", self.keys_dir) or self.secret_bytes("vllm").hex()
 
+    @property
+    def asks_logins(self) -> bool:
+        """Whether the registry does."""
+        return self.settings.service.mlflow.auth == "basic"
+
+    @property
+    def solo_models(self) -> list[str]:
+        """Registered models whose versions may be approved by whom registered them."""
+        return [
+            self.model(name) for name, stream in self.settings.streams.items() if stream.registry.four_eyes is False
+        ]
+
+    def mlflow_logins(self) -> Logins | None:
+        """Logins of the embedded MLflow, by the passwords in the keys folder; None: it asks for none."""
+        from registry.server import Logins
+        from tidegate import identities
+
+        admin = identities.of_service(self.keys_dir, identities.ADMIN)
+        if not self.asks_logins or admin is None:
+            return None
+        models = [self.model(stream) for stream in self.settings.streams]
+        return Logins(admin[1], identities.secret_of_forms(self.keys_dir), models, self.solo_models)
+
     @cached_property
     def store(self) -> MlflowStore:
-        """The model registry."""
-        from registry.mlflow_store import MlflowStore
+        """The model registry, by the login of the service's own that this process works as.
 
-        return MlflowStore(self.mlflow_uri)
+        A login in the environment of a command counts before the learner's: what a person registers is theirs.
+        """
+        from registry.mlflow_store import MlflowStore
+        from tidegate import identities
+
+        if not self.asks_logins or (self.acting == "learner" and identities.of_person()):
+            return MlflowStore(self.mlflow_uri)
+        return MlflowStore(self.mlflow_uri, identities.of_service(self.keys_dir, self.acting))
+
+    @cached_property
+    def desk(self) -> MlflowStore:
+        """The model registry for a person's decision, by their own login where it asks for one.
+
+        Raises:
+            ConfigError: it asks, and nobody is there to answer.
+        """
+        from registry.mlflow_store import MlflowStore
+        from tidegate import identities
+
+        return MlflowStore(self.mlflow_uri, identities.ask_person()) if self.asks_logins else self.store
+
+    @cached_property
+    def users(self) -> MlflowStore:
+        """The model registry for its users and roles: by the environment's login, else by the admin's among the keys.
+
+        Raises:
+            ConfigError: logins are off, or there is neither.
+        """
+        from registry.mlflow_store import MlflowStore
+        from tidegate import identities
+
+        if not self.asks_logins:
+            raise ConfigError("service.mlflow.auth=off: there are no users; set it to basic and restart MLflow")
+        login = identities.of_person() or identities.of_service(self.keys_dir, identities.ADMIN)
+        if login is None:
+            raise ConfigError(
+                f"{self.keys_dir}/mlflow_admin: not there; start MLflow once by `tidegate up` or `tidegate mlflow`, "
+                f"or set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an admin's login"
+            )
+        return MlflowStore(self.mlflow_uri, login)
 
     def limits(self, stream: str) -> RecordLimits:
         """What a record of the stream may be."""
@@ -323,7 +388,7 @@ class Service:
         )
 
 
-def open_service(given: str | None) -> Service:
+def open_service(given: str | None, acting: Literal["learner", "server"] = "learner") -> Service:
     """The service of a workspace, with all settings checked.
 
     Raises:
@@ -331,7 +396,7 @@ def open_service(given: str | None) -> Service:
         ConfigError: a setting is wrong.
     """
     workspace = find(given)
-    return Service(workspace, load(workspace.params))
+    return Service(workspace, load(workspace.params), acting)
 
 
 def complete_workspace(workspace: Workspace) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -30,12 +30,12 @@ def _stop_on_signals() -> threading.Event:
     return stop
 
 
-def _open(given: str | None) -> Service:
+def _open(given: str | None, acting: Literal["learner", "server"] = "learner") -> Service:
     from tidegate import log
     from tidegate.wiring import open_service
 
     log.configure()
-    return open_service(given)
+    return open_service(given, acting)
 
 
 @click.command()
@@ -82,13 +82,18 @@ def broker(given: str | None) -> None:
 @click.command()
 @click.pass_obj
 def mlflow(given: str | None) -> None:
-    """Run MLflow with the promotion guard alone: one worker, jobs off, loopback unless service.mlflow.host says so."""
+    """Run MLflow with the promotion guard alone: one worker, jobs off, loopback unless service.mlflow.host says so.
+
+    With service.mlflow.auth: basic it asks for logins, and prints the admin's password when it first starts.
+    """
     from registry.server import MlflowServer
+    from tidegate.up import make_logins
 
     service = _open(given)
     stop = _stop_on_signals()
     settings = service.settings.service.mlflow
     service.signer("approvals")
+    make_logins(service, output.say)
     with MlflowServer(
         service.workspace.root,
         host=settings.host,
@@ -97,6 +102,8 @@ def mlflow(given: str | None) -> None:
         keys_dir=service.keys_dir,
         open_models=service.open_models(),
         backend_url=service.mlflow_backend_url,
+        public_names=(settings.host, *settings.names),
+        logins=service.mlflow_logins(),
     ) as running:
         output.say(f"MLflow with the guard: {service.mlflow_uri}")
         while not stop.wait(1.0):
@@ -166,9 +173,12 @@ def learn(given: str | None) -> None:
     With service.learn_metrics_port set, Prometheus can scrape what is left of every stream's budget.
     Webhooks (streams.NAME.hooks) are sent from here.
     """
+    from tidegate import identities
     from tidegate.scheduler import run_schedule
 
     service, stop = _open(given), _stop_on_signals()
+    if service.asks_logins:
+        identities.forget_person()
     port = service.settings.service.learn_metrics_port
     if port:
         from tidegate.gauges import BudgetGauges, watch
@@ -190,7 +200,7 @@ def serve(given: str | None, replica: str | None) -> None:
     """Serve every stream's approved version under /v1, and swap it when the registry says so, without a restart."""
     from tidegate.serve import run_server
 
-    run_server(_open(given), replica)
+    run_server(_open(given, "server"), replica)
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -215,4 +225,4 @@ def route(given: str | None) -> None:
     """
     from tidegate.route import run_router
 
-    run_router(_open(given))
+    run_router(_open(given, "server"))

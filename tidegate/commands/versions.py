@@ -10,7 +10,12 @@ import click
 from registry.canary import CANARY, told_of
 from tidegate import ancestry, memory, output, pruning
 
-_WHO = click.option("--who", default=getpass.getuser, help="Your name, for the signed history.", show_default="login")
+_WHO = click.option(
+    "--who",
+    default=getpass.getuser,
+    help="Your name, for the signed history; MLflow's login where it asks for one.",
+    show_default="login",
+)
 _WHY = click.option("--why", required=True, help="The reason, kept and signed.")
 _JSON = click.option("--json", "want_json", is_flag=True, help="JSON instead of a table.")
 
@@ -87,7 +92,7 @@ def approve(given: str | None, stream: str, version: int, *, why: str, who: str)
 
     service = open_service(given)
     model = service.model(stream)
-    approval = service.store.promote(
+    approval = service.desk.promote(
         model, version, why=why, who=who, approvals=service.approvals(signing=True), trust=service.trust
     )
     output.say(f"version {version} of {model} is Production; approval {approval['seq']} signed by {approval['key_id']}")
@@ -142,14 +147,14 @@ def promote(
     model = service.model(stream)
     signing: dict[str, Any] = {"approvals": service.approvals(signing=True), "trust": service.trust}
     if share == 1:
-        row = service.store.promote(model, version, why=why, who=who, **signing)
+        row = service.desk.promote(model, version, why=why, who=who, **signing)
         told = "is Production"
     elif share:
         terms = Terms(share, header=header, sticky=sticky)
-        row = service.store.canary(model, version, terms, why=why, who=who, **signing)
+        row = service.desk.canary(model, version, terms, why=why, who=who, **signing)
         told = f"is a canary: {terms}"
     else:
-        row = service.store.end_canary(model, version, why=why, who=who, **signing)
+        row = service.desk.end_canary(model, version, why=why, who=who, **signing)
         told = "is no canary any more; it waits"
     output.say(f"version {version} of {model} {told}; approval {row['seq']} signed by {row['key_id']}")
 
@@ -166,7 +171,7 @@ def reject(given: str | None, stream: str, version: int, *, why: str, who: str) 
 
     service = open_service(given)
     model = service.model(stream)
-    service.store.reject(
+    service.desk.reject(
         model, version, why=why, who=who, approvals=service.approvals(signing=True), trust=service.trust
     )
     output.say(f"version {version} of {model} is rejected")
