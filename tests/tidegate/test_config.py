@@ -181,3 +181,31 @@ def test_what_is_no_address_of_a_database_is_said(tmp_path, params):
 
     with pytest.raises(ConfigError, match=r"service.mlflow.backend: must be `embedded` or an SQLAlchemy URL"):
         _ = service_with(tmp_path, params, wrong).mlflow_backend_url
+
+
+@pytest.mark.parametrize("word", ["off", False, "basic"])
+def test_logins_are_off_or_basic_also_as_yaml_spells_off(params, word):
+    asked = load(params(lambda raw: raw["service"]["mlflow"].update(auth=word)), {}).settings.service.mlflow.auth
+    assert asked == ("basic" if word == "basic" else "off")
+
+
+def test_a_registry_without_logins_listens_to_this_machine_alone_unless_told(params):
+    def outside(**more):
+        return params(lambda raw: raw["service"]["mlflow"].update(host="192.0.2.7", **more))
+
+    with pytest.raises(
+        ConfigError, match=r"host 192\.0\.2\.7 is reached from outside .* set auth: basic, or unprotected"
+    ):
+        load(outside(), {})
+    assert load(outside(auth="basic"), {}).settings.service.mlflow.host == "192.0.2.7"
+    assert load(outside(auth="off", unprotected=True), {}).settings.service.mlflow.unprotected
+
+
+def test_four_eyes_need_logins(params):
+    file = params(lambda raw: raw["streams"]["support-desk"]["registry"].update(four_eyes=True))
+    with pytest.raises(
+        ConfigError, match=r"support-desk\.registry\.four_eyes: true tells people apart by their logins"
+    ):
+        load(file, {})
+    resolved = load(file, {"TIDEGATE__SERVICE__MLFLOW__AUTH": "basic"})
+    assert resolved.settings.streams["support-desk"].registry.four_eyes is True
