@@ -5,6 +5,8 @@ import requests
 
 from registry.errors import PromotionRefused, RegistryError
 from registry.mlflow_store import MlflowStore
+from registry.server import Logins, MlflowServer
+from tests.privacy import postgres
 from tests.registry.conftest import PASSWORD
 
 TRANSITION = "/api/2.0/mlflow/model-versions/transition-stage"
@@ -71,3 +73,23 @@ def test_a_model_may_be_named_whose_trainer_approves_alone(secured):
     finally:
         secured.store = kept
     assert secured.stores["both"].promote("solo", version, why="alone", who="")["who"] == "both"
+
+
+@pytest.mark.slow
+def test_users_and_roles_stand_in_mlflow_s_own_database_where_that_is_postgresql(tmp_path):
+    if postgres.binary("initdb") is None:
+        pytest.skip("PostgreSQL is missing: install the server's programs (initdb, pg_ctl)")
+    with postgres.server() as folder:
+        url = postgres.new_database(folder, "logins")
+        logins = Logins(PASSWORD, "not a secret here", ["desk"])
+        with MlflowServer(tmp_path, port=0, backend_url=url, approvals_url=url, logins=logins) as server:
+            admin, ada = MlflowStore(server.url, ("admin", PASSWORD)), MlflowStore(server.url, ("ada", PASSWORD))
+            assert (admin.add_user("ada", PASSWORD), admin.add_user("ada", PASSWORD)) == (True, False)
+            assert (admin.grant("ada", "approver", "desk"), admin.grant("ada", "approver", "desk")) == (True, False)
+            with pytest.raises(PromotionRefused):
+                ada.users()
+            assert {"name": "ada", "admin": False, "service": False, "roles": {"desk": ["approver"]}} in admin.users()
+            assert (admin.revoke("ada", "approver", "desk"), admin.revoke("ada", "approver", "desk")) == (True, False)
+            for store in (admin, ada):
+                store.close()
+    assert not (tmp_path / "mlflow" / "logins.db").exists()
