@@ -9,14 +9,14 @@ from tidegate import output
 
 @click.group()
 def apikeys() -> None:
-    r"""Keys of the API: each with scopes, streams and limits. Kept hashed; a key is shown once, when it is made.
+    """Keys of the API: each with scopes, streams and limits. Kept hashed; a key is shown once, when it is made.
 
     \b
     tidegate apikeys add mobile-app --scope answer --stream support-desk --requests 600
     tidegate apikeys revoke mobile-app
 
     The server needs no restart: it looks before every request. Keys that sign are another thing: `tidegate keys`.
-    """
+    """  # noqa: D301 - click takes the character itself for a mark
 
 
 @apikeys.command()

@@ -24,14 +24,14 @@ _KEY_FORM = "topic/incarnation/partition/offset"
 
 @click.group()
 def dlq() -> None:
-    r"""Rejected records: list them, look into one, mend and send again, delete old ones.
+    """Rejected records: list them, look into one, mend and send again, delete old ones.
 
     \b
     tidegate dlq list STREAM                          newest letters, and how many there are by reason
     tidegate dlq show STREAM KEY --content            one of them, with its bytes
     tidegate dlq replay STREAM --reason CODE ...      mend and send again what the contract then accepts
     tidegate dlq expire STREAM --older-than 30d       delete from the topic what is older
-    """
+    """  # noqa: D301 - click takes the character itself for a mark
 
 
 def _time(time_ms: int) -> str:

@@ -14,12 +14,12 @@ _JSON = click.option("--json", "want_json", is_flag=True, help="JSON instead of 
 
 @click.group()
 def hooks() -> None:
-    r"""Signed webhooks: see what was sent, send a test. Receivers stand in params.yaml, streams.NAME.hooks.
+    """Signed webhooks: see what was sent, send a test. Receivers stand in params.yaml, streams.NAME.hooks.
 
     \b
     tidegate hooks test STREAM       send a test event now, and say what each receiver answers
     tidegate hooks log               deliveries with their tries, the newest last
-    """
+    """  # noqa: D301 - click takes the character itself for a mark
 
 
 @hooks.command()

@@ -21,7 +21,7 @@ _PASSWORD_BYTES = 12
 
 @click.group()
 def users() -> None:
-    r"""Who may do what in MLflow, where service.mlflow.auth is basic. Each role but admin is for one stream.
+    """Who may do what in MLflow, where service.mlflow.auth is basic. Each role but admin is for one stream.
 
     \b
     viewer     reads the versions of a stream and their evidence
@@ -31,7 +31,7 @@ def users() -> None:
 
     Works while MLflow runs, by the admin's password in the keys folder, or by the login in MLFLOW_TRACKING_USERNAME and
     MLFLOW_TRACKING_PASSWORD. Everything may be repeated.
-    """
+    """  # noqa: D301 - click takes the character itself for a mark
 
 
 @users.command()
