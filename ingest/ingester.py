@@ -203,7 +203,8 @@ class Ingester:
     def alarm(self, kind: str, message: str, **facts: Any) -> None:
         """Something an operator should look at; nothing stops for it."""
         metrics.DEFAULT.alarms.labels(self.stream, kind).inc()
-        log.warning("ingest alarm", stream=self.stream, kind=kind, message=message, **facts)
+        see = f"docs/runbook.md#{kind}"
+        log.warning("ingest alarm", stream=self.stream, kind=kind, message=message, see=see, **facts)
         self.event("alarm", kind=kind, message=message, **facts)
 
     def step(self, step: Step, block: str) -> None:

@@ -54,7 +54,8 @@ class Alarms:
         now = {alarm: before.get(alarm, alarm) for alarm in found}
         for alarm in now:
             if alarm not in before:
-                log.warning("alarm", stream=self._stream, kind=alarm.kind, reason=alarm.message)
+                see = f"docs/runbook.md#{alarm.kind}"
+                log.warning("alarm", stream=self._stream, kind=alarm.kind, reason=alarm.message, see=see)
         for alarm in before:
             if alarm not in now:
                 log.info("alarm over", stream=self._stream, kind=alarm.kind, about=alarm.about)

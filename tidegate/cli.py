@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "kill": ("tidegate.commands.switches", "Let the bare base answer, at once, also with MLflow down."),
     "unkill": ("tidegate.commands.switches", "End the kill switch: what was approved last answers again."),
     "status": ("tidegate.commands.insight", "What runs, what waits, what is spent, what is wrong."),
+    "doctor": ("tidegate.commands.doctor", "What is wrong with the workspace and its surroundings, and what to do."),
     "lineage": ("tidegate.commands.insight", "From a version or an answer id back to the topic's offsets."),
     "audit": ("tidegate.commands.audit", "Recompute what was spent on whose data; export or verify the proof."),
     "users": ("tidegate.commands.users", "Who may train, approve and read: logins of MLflow and their roles."),

@@ -19,6 +19,7 @@ import structlog
 from registry.states import PRODUCTION, ModelVersion, waiting
 from tidegate import ancestry, budget, lag, status
 from tidegate.errors import expected_errors
+from tidegate.runbook import pointed
 
 if TYPE_CHECKING:
     from serving.swap import HotSwap
@@ -278,13 +279,16 @@ def _alarms(views: Sequence[StreamView]) -> list[str]:
     """What is wrong, each with its stream in front."""
     found = []
     for view in views:
-        found += [f"{view.name}: {alarm}" for alarm in view.serving["alarms"]]
+        found += [status.of_serving(view.name, alarm) for alarm in view.serving["alarms"]]
         found += (view.rounds.value or {}).get("alarms", [])
-        found += view.budget.value.alarms if view.budget.value else []
-        for kind in ("lag", "budget", "history", "rounds"):
-            told: Told = getattr(view, kind)
-            if told.error:
-                found.append(f"{view.name}: {kind}: {told.error}")
+        found += [pointed("budget", alarm) for alarm in (view.budget.value.alarms if view.budget.value else ())]
+        if view.lag.error:
+            found.append(pointed("broker", f"{view.name}: lag: {view.lag.error}"))
+        found += [
+            pointed("records", f"{view.name}: {kind}: {error}")
+            for kind in ("budget", "history", "rounds")
+            if (error := getattr(view, kind).error) and error != view.registry.error
+        ]
         if view.registry.error and not any(str(a).startswith("registry:") for a in view.serving["alarms"]):
-            found.append(f"{view.name}: registry: {view.registry.error}")
+            found.append(pointed("registry", f"{view.name}: registry: {view.registry.error}"))
     return list(dict.fromkeys(found))

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from evaluation.markup import STYLE, Cell, items, more, pairs, paragraph, table
 from tidegate.budget import SHARE_ALARM
+from tidegate.runbook import parted
 
 if TYPE_CHECKING:
     from tidegate.console import Snapshot, StreamView, Told
@@ -102,11 +103,17 @@ def _alarms(snapshot: Snapshot) -> Markup:
         inside = paragraph(Markup('<span class="good">No alarm stands.</span>'))
     else:
         inside = Markup('<ul class="alarms">{}</ul>').format(
-            _NOTHING.join(Markup('<li class="bad">{}</li>').format(text) for text in snapshot.alarms)
+            _NOTHING.join(Markup("<li>{}</li>").format(_alarm(text)) for text in snapshot.alarms)
         )
     return Markup('<section id="alarms" data-count="{}" aria-label="Alarms"><h2>Alarms</h2>{}</section>').format(
         len(snapshot.alarms), inside
     )
+
+
+def _alarm(text: str) -> Markup:
+    said, kind = parted(text)
+    link = Markup(' <a href="/tidegate/runbook/{0}">what to do: {0}</a>').format(kind) if kind else _NOTHING
+    return Markup('<span class="bad">{}</span>{}').format(said, link)
 
 
 def _stream(snapshot: Snapshot, view: StreamView) -> Markup:

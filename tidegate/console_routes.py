@@ -1,7 +1,7 @@
 """The console's routes on the API's server: the page, its files, and its events.
 
 GET /   GET /tidegate/console/events   GET /tidegate/console.js   GET /tidegate/console.css   GET /tidegate/console.svg
-GET and POST /tidegate/login   POST /tidegate/logout
+GET /tidegate/runbook/KIND   GET and POST /tidegate/login   POST /tidegate/logout
 
 Where keys are asked for, a person logs in with one that has the scope `read`; the browser keeps it in a cookie that no
 script can read and that no other site's page makes it send.
@@ -25,7 +25,7 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from serving.gate import KEY_COOKIE, LOGIN, caller_of, guarded
-from tidegate import console_page
+from tidegate import console_page, runbook
 from tidegate.console import LOOK_SECONDS, Console
 
 if TYPE_CHECKING:
@@ -155,12 +155,20 @@ def routes_of(desk: Desk, streams: Sequence[str]) -> list[BaseRoute]:
             return Response("too many pages are open", 503, headers={**HEADERS, "retry-after": "30"})
         return StreamingResponse(desk.events(), media_type="text/event-stream", headers=HEADERS)
 
+    async def section(request: Request) -> Response:
+        kind = request.path_params["kind"]
+        text = (await asyncio.to_thread(runbook.sections)).get(kind)
+        if text is None:
+            return Response("the runbook has no such section; see docs/runbook.md", 404, headers=HEADERS)
+        return _html(console_page.runbook_page(kind, text))
+
     async def script(_request: Request) -> Response:
         return _file(await asyncio.to_thread(SCRIPT.read_text, "utf-8"), "text/javascript")
 
     return [
         Route("/", guarded(page, "read")),
         Route("/tidegate/console/events", guarded(events, "read")),
+        Route("/tidegate/runbook/{kind}", guarded(section, "read")),
         Route("/tidegate/console.js", guarded(script, "read")),
         Route("/tidegate/console.css", _style),
         Route("/tidegate/console.svg", _icon),

@@ -9,10 +9,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from privacy.policy import NO_PRIVACY
+from registry.errors import RegistryUnavailable
 from registry.states import PRODUCTION, ModelVersion, waiting
 from tidegate import ancestry, budget, heartbeat, switches, timetable
 from tidegate.errors import expected_errors
 from tidegate.locks import is_held
+from tidegate.runbook import pointed
 
 if TYPE_CHECKING:
     from tidegate.wiring import Service
@@ -33,15 +35,21 @@ def look(service: Service) -> dict[str, Any]:
     addresses = {"broker": service.bootstrap, "mlflow": service.mlflow_uri, "serve": service.api_uri}
     for part, up in reached.items():
         if not up:
-            alarms.append(f"{part}: nothing answers at {addresses[part]}; `tidegate up` starts everything")
+            text = f"{part}: nothing answers at {addresses[part]}; `tidegate up` starts everything"
+            alarms.append(pointed("down", text))
     for name, state in ((serving or {}).get("streams") or {}).items():
-        alarms.extend(f"{name}: {alarm}" for alarm in state.get("alarms", ()))
+        alarms.extend(of_serving(name, alarm) for alarm in state.get("alarms", ()))
     streams = [
         _stream(service, name, (serving or {}).get("streams", {}).get(name), alarms, low)
         for name in service.settings.streams
     ]
     shown = {part: f"{'up' if up else 'DOWN'}  {addresses[part]}" for part, up in reached.items()}
     return {"service": shown, "streams": streams, "alarms": alarms, "budget_low": low}
+
+
+def of_serving(stream: str, alarm: str) -> str:
+    """An alarm of the server, `kind: message`, with its stream and where the runbook speaks of it."""
+    return pointed(alarm.partition(":")[0], f"{stream}: {alarm}")
 
 
 def serving_state(service: Service) -> dict[str, Any] | None:
@@ -92,11 +100,13 @@ def _stream(
             left = budget.look(service, name, versions)
             row["rounds_left"] = "unknown" if left.rounds_left is None else left.rounds_left
             row["blocks_retired"] = len(left.blocks_retired)
-            alarms.extend(left.alarms)
-            low.extend(left.alarms)
+            low_now = [pointed("budget", alarm) for alarm in left.alarms]
+            alarms.extend(low_now)
+            low.extend(low_now)
     except expected_errors() as error:
         row["wanted"] = row["waiting"] = "unknown"
-        alarms.append(f"{name}: {error}")
+        text = f"{name}: {error}"
+        alarms.append(pointed("registry", text) if isinstance(error, RegistryUnavailable) else pointed("records", text))
     return row
 
 
@@ -111,19 +121,23 @@ def rounds_now(service: Service, name: str, alarms: list[str]) -> dict[str, str]
         told["runs"] = f"{beat.what} {beat.done} of {beat.of}, since {beat.at}" if beat.of else f"since {beat.at}"
     if turn.stuck:
         told["stuck"] = f"{turn.stuck} in a row; the stream is held after {timetable.STUCK_MAX}"
-        alarms.append(f"{name}: its last round got {turn.last_outcome}; it goes on from its checkpoint the next time")
+        text = f"{name}: its last round got {turn.last_outcome}; it goes on from its checkpoint the next time"
+        alarms.append(pointed("stuck", text))
     if turn.last_outcome.startswith("failed"):
-        alarms.append(f"{name}: its last round {turn.last_outcome}; `tidegate round {name}` tries again")
+        text = f"{name}: its last round {turn.last_outcome}; `tidegate round {name}` tries again"
+        alarms.append(pointed("round_failed", text))
     hold = heartbeat.hold_file(workspace, name)
     if hold.exists():
         told["held"] = json.loads(hold.read_text(encoding="utf-8"))["reason"]
-        alarms.append(
+        text = (
             f"{name}: no round is started, {told['held']}; run `tidegate round {name}` and watch it: when it ends, the "
             f"schedule goes on; learner.stuck_seconds says how long a round may show nothing"
         )
+        alarms.append(pointed("held", text))
     if pause := switches.paused(workspace, name):
         told["paused"] = switches.words(pause)
     overdue = turn.waiting_since or turn.next_due
     if overdue and timetable.is_late(overdue) and not is_held(workspace.run / timetable.LOCK):
-        alarms.append(f"{name}: a round was due at {overdue}, but nothing runs the schedule; start `tidegate learn`")
+        text = f"{name}: a round was due at {overdue}, but nothing runs the schedule; start `tidegate learn`"
+        alarms.append(pointed("overdue", text))
     return told

@@ -225,9 +225,8 @@ def test_status_says_when_nothing_runs_the_schedule_though_a_round_is_due(tmp_pa
     table.planned(STREAM, datetime(2026, 1, 5, tzinfo=UTC))
     alarms = []
     assert rounds_now(service, STREAM, alarms)["next_due"] == "2026-01-05T00:00:00Z"
-    assert alarms == [
-        f"{STREAM}: a round was due at 2026-01-05T00:00:00Z, but nothing runs the schedule; start `tidegate learn`"
-    ]
+    told = "a round was due at 2026-01-05T00:00:00Z, but nothing runs the schedule; start `tidegate learn`"
+    assert alarms == [f"{STREAM}: {told} (docs/runbook.md#overdue)"]
     with alone(service.workspace.run / timetable.LOCK):
         alarms = []
         rounds_now(service, STREAM, alarms)
