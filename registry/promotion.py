@@ -13,6 +13,7 @@ Order of a promotion, all of it under one lock (`Approvals.deciding`):
     3. tag it onto the version               serving finds it there
     4. move the stage, archive the old one   one transaction of MLflow's
     5. tidy up: states of all it touches     shown to people, trusted by nobody
+Inside MLflow's server 3 to 5 are one transaction; over REST they are steps.
 The approval comes before the move on purpose. A crash between 2 and 4 leaves a decision that was not carried
 out: the old version stays in Production with its own approval, and the next decision, or the next start of the
 guard, begins with `settle`, which adds a row saying that the move never happened. The other order would leave a
@@ -27,11 +28,11 @@ the row in its tag `tidegate.canary`, and serving gives it a share of the reques
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import structlog
 
@@ -74,6 +75,23 @@ class Registry(Protocol):
 
     def fetch_adapter(self, model: str, version: int, dest: Path) -> Path:
         """The version's adapter files: where they lie if that is a folder here, else copied into `dest`."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is to be written on a version: its stage (None: as it is), and tags."""
+
+    version: int
+    stage: str | None
+    tags: Mapping[str, str]
+
+
+@runtime_checkable
+class AtOnce(Protocol):
+    """A registry that can write a whole decision in one transaction: MLflow's database, from inside its server."""
+
+    def write(self, model: str, rows: Sequence[Written]) -> None:
+        """All of it, or nothing; whatever else stands in Production is archived when one row goes there."""
 
 
 @dataclass(frozen=True)
@@ -329,13 +347,12 @@ class Promotions:
             kind=decision.kind,
             guarantee=decision.guarantee,
         )
+        changes, tags = states.promote(seen.versions, version), {"tidegate.approval": json.dumps(approval)}
         try:
-            self.registry.set_tag(model, version, "tidegate.approval", json.dumps(approval))
-            self.registry.move(model, version, PRODUCTION, archive_existing=True)
+            self._carry_out(model, chosen, seen, PRODUCTION, changes, tags)
         except Exception:
             if pick(self._settle(model).versions, model, version).stage != PRODUCTION:
                 raise
-        self._tidy(model, seen.versions, states.promote(seen.versions, version))
         log.info("version approved", model=model, version=version, kind=decision.kind, seq=approval["seq"])
         return approval
 
@@ -344,12 +361,10 @@ class Promotions:
     ) -> Approval:
         approval = self._record(model, chosen, seen, to_stage=to_stage, who=who, why=why, kind="rollback")
         try:
-            self.registry.move(model, chosen.version, to_stage)
+            self._carry_out(model, chosen, seen, to_stage, states.withdraw(seen.versions, chosen.version))
         except Exception:
             if pick(self._settle(model).versions, model, chosen.version).stage == PRODUCTION:
                 raise
-        changes = states.withdraw(seen.versions, chosen.version)
-        self._tidy(model, seen.versions, changes, keep_stage_of=chosen.version)
         return approval
 
     def _reject(self, model: str, chosen: ModelVersion, seen: _Seen, *, to_stage: str, who: str, why: str) -> Approval:
@@ -366,8 +381,7 @@ class Promotions:
         except ValueError as error:
             raise PromotionRefused(f"{model} {error}; nothing was changed") from None
         approval = self._record(model, chosen, seen, to_stage=to_stage, who=who, why=why, kind="reject")
-        self.registry.move(model, chosen.version, to_stage)
-        self._tidy(model, seen.versions, changes, keep_stage_of=chosen.version)
+        self._carry_out(model, chosen, seen, to_stage, changes)
         return approval
 
     def _place(self, model: str, chosen: ModelVersion, seen: _Seen, *, stage: str, state: State) -> None:
@@ -385,6 +399,33 @@ class Promotions:
         running = seen.standing.canary
         if running and running["version"] == chosen.version and stage != STAGING:
             self._sign_canary_end(chosen, running, model=model, who=who, why=why or f"it left {STAGING}")
+
+    def _carry_out(
+        self,
+        model: str,
+        chosen: ModelVersion,
+        seen: _Seen,
+        stage: str,
+        changes: Iterable[Change],
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Steps 3 to 5: tags and stage of the chosen version, and what follows for it and others."""
+        tags = tags or {}
+        if not isinstance(self.registry, AtOnce):
+            for key, value in tags.items():
+                self.registry.set_tag(model, chosen.version, key, value)
+            self.registry.move(model, chosen.version, stage, archive_existing=stage == PRODUCTION)
+            self._tidy(model, seen.versions, changes, keep_stage_of=chosen.version)
+            return
+        stood = {v.version: v.stage for v in seen.versions}
+        rows = [Written(chosen.version, stage, tags)]
+        for change in changes:
+            shown = {"tidegate.state": str(change.state)}
+            leaves = change.version != chosen.version and stood[change.version] != change.stage
+            if change.state is State.RETIRED and stood[change.version] != PRODUCTION:
+                leaves = False  # where it lies, there it stays
+            rows.append(Written(change.version, change.stage if leaves else None, shown))
+        self.registry.write(model, rows)
 
     def _record(
         self, model: str, chosen: ModelVersion, seen: _Seen, *, to_stage: str, who: str, why: str, kind: str

@@ -35,11 +35,12 @@ PEOPLE = {
 SECURED = ["desk", "other", "counter", "solo"]
 
 
-def write_adapter(folder: Path, seed: int) -> str:
-    """A safetensors file with one two-number tensor, and peft's config; its sha256."""
+def write_adapter(folder: Path, seed: int, numbers: int = 2) -> str:
+    """A safetensors file with one tensor of so many numbers, and peft's config; its sha256."""
     folder.mkdir(parents=True, exist_ok=True)
-    header = json.dumps({"lora_A.weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
-    weights = struct.pack("<Q", len(header)) + header + struct.pack("<ff", seed, -seed)
+    told = {"dtype": "F32", "shape": [numbers], "data_offsets": [0, 4 * numbers]}
+    header = json.dumps({"lora_A.weight": told}).encode()
+    weights = struct.pack("<Q", len(header)) + header + struct.pack("<ff", seed, -seed) * (numbers // 2)
     (folder / "adapter_model.safetensors").write_bytes(weights)
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1}))
     return adapter_sha256(folder)
@@ -47,11 +48,12 @@ def write_adapter(folder: Path, seed: int) -> str:
 
 @dataclass
 class World:
-    """A workspace, and a store that speaks to an MLflow started on it."""
+    """A workspace, and a store that speaks to an MLflow started on it; its adapters hold so many numbers."""
 
     root: Path
     store: MlflowStore
     rounds: itertools.count = field(default_factory=lambda: itertools.count(1))
+    numbers: int = 2
 
     def key(self, purpose: str) -> SigningKey:
         (self.root / "keys").mkdir(exist_ok=True)
@@ -78,7 +80,7 @@ class World:
         """Register what a round made; passed ones go to Staging. Returns (version, adapter sha256)."""
         round_id = f"{model}-{next(self.rounds)}"
         folder = self.root / "made" / round_id
-        sha = write_adapter(folder, next(_seeds))
+        sha = write_adapter(folder, next(_seeds), self.numbers)
         given = self.documents(sha, parent, outcome) if tags is None else tags(sha)
         version = self.store.register(
             Candidate(
