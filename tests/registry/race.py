@@ -124,10 +124,10 @@ class Race:
             seq = int(answer.headers.get("X-Tidegate-Approval", 0))
             self.answers.append(Answer(why, what, version, answer.status_code, seq, message))
 
-    def ask_and_go(self, version: int, stage: str) -> None:
-        """Ask for a change of stage by hand, and hang up before the answer comes."""
+    def ask_and_go(self, version: int, stage: str, model: str = MODEL, *, done: bool = False) -> None:
+        """Ask for a change of stage by hand, and hang up before the answer comes, or, when it is `done`, is read."""
         why = f"promote {version}, ask {next(self.numbers)}"
-        body = json.dumps({"name": MODEL, "version": str(version), "stage": stage}).encode()
+        body = json.dumps({"name": model, "version": str(version), "stage": stage}).encode()
         at = urlsplit(self.server.url)
         head = (
             f"POST /api/2.0/mlflow/model-versions/transition-stage HTTP/1.1\r\nHost: {at.netloc}\r\n"
@@ -136,6 +136,9 @@ class Race:
         )
         with suppress(OSError), socket.create_connection((at.hostname, at.port), timeout=2) as line:
             line.sendall(head.encode() + body)
+            if done:
+                line.settimeout(TIMEOUT_S)
+                line.recv(1)
         self.answers.append(Answer(why, "promote", version, 0))
 
     def client(self, number: int) -> None:
@@ -274,7 +277,11 @@ def noting(sentences: list[str]) -> Iterator[None]:
 @contextmanager
 def on(database: str, folder: Path | None = None, *, guarded: bool = True) -> Iterator[Race]:
     """A race about to begin, on `sqlite` or in the PostgreSQL whose socket is in `folder`."""
-    root = Path(tempfile.mkdtemp(prefix="race-"))
+    with tempfile.TemporaryDirectory(prefix="race-", ignore_cleanup_errors=True) as made:
+        yield from _on(Path(made), database, folder, guarded=guarded)
+
+
+def _on(root: Path, database: str, folder: Path | None, *, guarded: bool) -> Iterator[Race]:
     (root / "keys").mkdir()
     urls = {"backend_url": f"sqlite:///{root / 'mlflow' / 'mlflow.db'}", "approvals_url": None}
     if database == "postgresql":

@@ -1,11 +1,18 @@
-"""A short race on both databases; `make race-registry` has the minute. And that the verdict can be guilty."""
+"""What decisions become, on a real server on both databases: one ask at a time against a dictionary, then all at once.
+
+`make race-registry` has the minute. That the verdict of the race can be guilty is shown here too.
+"""
 
 import os
 from dataclasses import replace
 
 import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
 
+from registry.approvals import Approvals
 from tests.privacy import postgres
+from tests.registry.decisions import Decisions
 from tests.registry.race import on
 from tests.registry.race_verdict import Answer, Sightings, faults
 
@@ -19,13 +26,75 @@ def folder():
         yield socket
 
 
-@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
-def test_one_version_stands_in_production_and_all_is_written_down_whoever_races_and_whatever_dies(database, folder):
-    with on(database, folder) as race:
-        evidence = race.run(seconds=6, clients=16, kills=1)
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def race(request, folder):
+    """One guarded server for each database."""
+    with on(request.param, folder) as begun:
+        yield begun
+
+
+def decide(race, examples, steps):
+    machine = type("DecisionsHere", (Decisions,), {"race": race})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.explicit, Phase.generate],  # a real server: no two runs are the same, so none is shrunk
+        ),
+    )
+
+
+def test_every_ask_ends_in_the_state_it_should_whatever_came_before(race):
+    decide(race, examples=8, steps=16)
+
+
+@pytest.mark.slow
+def test_every_ask_ends_in_the_state_it_should_many_times_over(race):
+    decide(race, examples=60, steps=30)
+
+
+def test_one_version_stands_in_production_and_all_is_written_down_whoever_races_and_whatever_dies(race):
+    taken = emergency(race)
+    evidence = race.run(seconds=5, clients=16, kills=1)
     assert faults(evidence) == []
+    made_lasting(race, taken)
     for spoilt, named in spoilings(evidence):
         assert any(named in sentence for sentence in faults(spoilt)), named
+
+
+def emergency(race):
+    """What `tidegate rollback --emergency` leaves, of another model: MLflow is killed before anybody decides again."""
+    model, world = "down", race.world
+    one, sha = world.candidate(model)
+    world.store.promote(model, one, why="first", who="ada")
+    two, _ = world.candidate(model, parent=sha)
+    world.store.promote(model, two, why="second", who="ada")
+    approvals = Approvals(race.approvals_url, world.key("approvals"))
+    row = approvals.append(
+        model=model,
+        version=one,
+        adapter_sha256=sha,
+        from_stage="unknown",
+        to_stage="Production",
+        who="oncall",
+        why="two talks nonsense",
+        kind="emergency",
+    )
+    approvals.close()
+    return row
+
+
+def made_lasting(race, taken):
+    """After the start, without anybody's doing: MLflow shows it, and the history says by what."""
+    approvals = Approvals(race.approvals_url)
+    row = approvals.latest("down")
+    approvals.close()
+    assert (row["kind"], row["who"], row["version"]) == ("rollback", "tidegate", taken["version"])
+    assert f"emergency approval {taken['seq']} by oncall" in row["why"]
+    assert race.world.stages("down") == {taken["version"]: "Production", taken["version"] + 1: "Archived"}
 
 
 def spoilings(evidence):
