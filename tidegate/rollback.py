@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from learner.adapter import adapter_sha256
+from learner.errors import AdapterError
 from privacy.policy import WITHOUT_PRIVACY
 from registry.errors import PromotionRefused
 from registry.states import PRODUCTION
@@ -11,6 +13,8 @@ from tidegate.errors import UnknownName
 from tidegate.pruning import note
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from registry.approvals import Approvals
     from tidegate.wiring import Service
 
@@ -47,22 +51,24 @@ def _without_registry(service: Service, stream: str, target: int, *, why: str, w
 
     model = service.model(stream)
     approvals = service.approvals(signing=True)
-    approved = [r for r in approvals.history(model) if r["version"] == target and r["to"] == PRODUCTION]
-    if not approved:
-        raise UnknownName(f"version={target}: was never approved for {model}; see `tidegate history {stream}`")
-    sha = str(approved[-1]["adapter_sha256"])
+    approved = approvals.standing(model).approved.get(target)
+    if approved is None:
+        raise UnknownName(f"version={target}: was never live for {model}; see `tidegate history {stream}`")
+    sha = str(approved["adapter_sha256"])
     cached = service.workspace.serving / stream / "adapters" / sha
     if (gone := note(service.workspace.root, sha)) and not cached.is_dir():
         raise PromotionRefused(
             f"version {target} of {model}: its weights were pruned ({gone['at']} by {gone['who']}); name another"
         )
-    guarantee = str(approved[-1].get("guarantee", ""))
+    guarantee = str(approved.get("guarantee", ""))
     if guarantee and not service.is_open(stream):
         raise PromotionRefused(f"version {target} of {model} {WITHOUT_PRIVACY}")
+    _refuse_damaged(cached, sha, f"version {target} of {model}")
+    # Not under the lock of decisions: an MLflow that hangs may hold it.
     row = approvals.append(
         model=model,
         version=target,
-        adapter_sha256=approved[-1]["adapter_sha256"],
+        adapter_sha256=sha,
         from_stage="unknown",
         to_stage=PRODUCTION,
         who=who,
@@ -73,5 +79,22 @@ def _without_registry(service: Service, stream: str, target: int, *, why: str, w
     write_emergency(service.workspace.serving / stream, stream, row)
     return (
         f"version {target} of {model}: emergency approval {row['seq']} is signed; the server takes it within a second; "
-        f"when MLflow is back, make it lasting by `tidegate rollback {stream} --to {target} --why ...`"
+        f"when MLflow starts again it becomes lasting; if MLflow was only out of reach, or has no guard, make it so by "
+        f"`tidegate rollback {stream} --to {target} --why ...`"
     )
+
+
+def _refuse_damaged(cached: Path, sha: str, name: str) -> None:
+    """Without the registry the server's own cache is all there is: what is not intact there cannot answer."""
+    try:
+        found = adapter_sha256(cached)
+    except AdapterError as error:
+        raise PromotionRefused(
+            f"{name}: is not whole in the server's cache ({error}), which is all there is without MLflow; "
+            f"name a version that ran here lately"
+        ) from None
+    if found != sha:
+        raise PromotionRefused(
+            f"{name}: the adapter in the server's cache has sha256 {found[:12]}, its approval is about {sha[:12]}; "
+            f"it was changed: remove {cached}, and name another version"
+        )

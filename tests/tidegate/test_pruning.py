@@ -16,7 +16,7 @@ from tests.registry.conftest import World, write_adapter
 from tests.tidegate.streams import STREAM, HandMade, workspace
 from tidegate import audit, pruning, wiring
 from tidegate.cli import cli
-from tidegate.errors import TidegateError
+from tidegate.errors import TidegateError, UnknownName
 from tidegate.evidence import stored_adapter
 from tidegate.rollback import roll_back
 
@@ -166,6 +166,26 @@ def test_a_rollback_to_a_pruned_version_is_refused_with_the_reason(desk):
     with pytest.raises(TidegateError, match="version 1 was pruned"):
         stored_adapter(desk, STREAM, sha, desk.versions(STREAM))
     assert promotions.promote(STREAM, 2, who="ada", why="back")["kind"] == "rollback"
+
+
+def test_an_emergency_is_signed_for_what_is_whole_in_the_cache_and_refused_for_what_is_not(desk):
+    lives = desk.approvals().standing(STREAM).approved
+    sha = lives[2]["adapter_sha256"]
+    with pytest.raises(PromotionRefused, match=r"is not whole in the server's cache .* that ran here lately"):
+        roll_back(desk, STREAM, to=2, why="down", who="oncall", emergency=True)
+    cached = desk.workspace.serving / STREAM / "adapters" / sha
+    shutil.copytree(desk.stored(2), cached)
+    told = roll_back(desk, STREAM, to=2, why="MLflow is down", who="oncall", emergency=True)
+    row = desk.approvals().latest(STREAM)
+    assert (row["kind"], row["who"], row["why"], row["from"]) == ("emergency", "oncall", "MLflow is down", "unknown")
+    assert f"emergency approval {row['seq']} is signed" in told
+    assert json.loads((desk.workspace.serving / STREAM / f"emergency-{STREAM}.json").read_text()) == row
+    weights = next(cached.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(PromotionRefused, match=f"has sha256 .* its approval is about {sha[:12]}; it was changed"):
+        roll_back(desk, STREAM, to=2, why="down", who="oncall", emergency=True)
+    with pytest.raises(UnknownName, match="was never live"):
+        roll_back(desk, STREAM, to=4, why="down", who="oncall", emergency=True)
 
 
 def test_a_tag_that_says_pruned_does_not_keep_an_intact_version_from_going_live(desk):
