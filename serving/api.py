@@ -15,7 +15,7 @@ from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -40,15 +40,26 @@ from serving.problems import INVALID, error_response
 from serving.replicas import PIN_HEADER, ROUTER_HEADER, router_token
 from serving.reply import EventStream, Reply
 from serving.swap import HotSwap
+from serving.traces import Traces
+from serving.transcript import Transcript
 from serving.trip import Trip
+
+if TYPE_CHECKING:
+    from fastapi.telemetry import TelemetryConfig  # where FastAPI is new enough to trace by itself
 
 # A thousand pages of text; anything longer cannot fit a context anyway.
 BODY_BYTES_MAX = 1 << 20
-# A body of that size over a slow line; whoever is slower only holds a connection.
-BODY_S_MAX = 30.0
 MAX_TOKENS = 256
 # Nobody is left to read it; nginx's number for the same thing.
 CLIENT_GONE = 499
+# FastAPI's own spans, metrics and logs hold paths and messages of exceptions; `serving.traces` knows what may leave.
+_SILENT: TelemetryConfig = {
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+    "auto_configure": False,
+}
 
 
 def create_app(
@@ -58,6 +69,9 @@ def create_app(
     max_tokens: Mapping[str, int] | None = None,
     routes: Sequence[BaseRoute] = (),
     access: Access | None = None,
+    timeouts_s: Mapping[str, float] | None = None,
+    transcripts: Mapping[str, Transcript] | None = None,
+    traces: Traces | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -67,6 +81,9 @@ def create_app(
         max_tokens: by stream: most tokens of an answer, and what a request gets that names none. Default 256.
         routes: more of them, such as the console's; not in the OpenAPI description.
         access: who may call; None lets in whoever reaches the address.
+        timeouts_s: by stream: how long an answer may take; a stream that is not named waits for ever.
+        transcripts: by stream: where what was asked and answered is kept; a stream that is not named keeps nothing.
+        traces: where spans of requests go; None: nowhere.
     """
     app = FastAPI(
         title="Tidegate",
@@ -75,10 +92,12 @@ def create_app(
         redoc_url=None,
         openapi_url=None,  # a route of ours, with a scope
         redirect_slashes=False,  # to an address made of what the request says of itself
+        telemetry=_SILENT,
     )
     access = access or Access()
-    app.add_middleware(Gate, access=access)
-    desk = _Desk({swap.stream: swap for swap in swaps}, answer_key, max_tokens or {})
+    app.add_middleware(Gate, access=access, traces=traces)
+    by_stream = {swap.stream: swap for swap in swaps}
+    desk = _Desk(by_stream, answer_key, max_tokens or {}, timeouts_s or {}, transcripts or {})
     _add_answers(app, desk, with_keys=access.required)
     _add_probes(app, desk)
     _add_errors(app)
@@ -157,15 +176,35 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(body, status, getattr(error, "headers", None))  # which methods a route allows
 
 
+class Parts(TypedDict, total=False):
+    """What `create_app` may be given, for those who pass it on."""
+
+    max_tokens: Mapping[str, int] | None
+    routes: Sequence[BaseRoute]
+    access: Access | None
+    timeouts_s: Mapping[str, float] | None
+    transcripts: Mapping[str, Transcript] | None
+    traces: Traces | None
+
+
 class _Desk:
     """What the routes share."""
 
-    def __init__(self, swaps: Mapping[str, HotSwap], answer_key: bytes, max_tokens: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        swaps: Mapping[str, HotSwap],
+        answer_key: bytes,
+        max_tokens: Mapping[str, int],
+        timeouts_s: Mapping[str, float],
+        transcripts: Mapping[str, Transcript],
+    ) -> None:
         self.metrics = Metrics(swaps)
         self.swaps = swaps
         self._answer_key = answer_key
         self._router_token = router_token(answer_key).encode()
         self._max_tokens = max_tokens
+        self._timeouts_s = timeouts_s
+        self._transcripts = transcripts
         self._started = datetime.now(UTC)
 
     def seen_by(self, caller: Caller) -> list[HotSwap]:
@@ -226,17 +265,21 @@ class _Desk:
                 prompts = await asyncio.to_thread(_prompt_ids, swap.engine, asked)
                 charge = self._charge(caller.limits, prompts, asked, stream)
                 held.callback(charge.settle)
+                answers = await self._submit(trip, prompts, asked, charge.tokens)
                 reply = Reply(
                     served=served,
                     answer_id=make_answer_id(stream, served.version, self._answer_key, _prefix(route)),
-                    answers=await self._submit(trip, prompts, asked, charge.tokens),
+                    answers=answers,
                     prompts=len(prompts),
                     chat=route == "chat",
                     with_usage=asked.usage_in_stream,
                     logprobs=asked.logprobs_asked,
                     began_s=began,
+                    kept=[""] * len(answers) if stream in self._transcripts else None,
                 )
-                charge.reply = reply
+                charge.reply = request.state.reply = reply
+                if stream in self._transcripts:
+                    held.callback(self._keep, reply, asked)
                 held.callback(reply.release)
                 if asked.stream:
                     ending = held.pop_all()
@@ -253,6 +296,16 @@ class _Desk:
             status = CLIENT_GONE if body is None else 200
             self._ended(reply, route, held.pop_all(), status)
             return Response(status_code=status) if body is None else JSONResponse(body, headers=reply.headers)
+
+    def _keep(self, reply: Reply, asked: wire.ChatRequest | wire.CompletionRequest) -> None:
+        """Write an answer into its stream's transcript, however it ended."""
+        self._transcripts[reply.served.stream].write(
+            id=reply.answer_id,
+            version=reply.served.name,
+            asked=asked.model_dump(mode="json", exclude_none=True),
+            answers=reply.kept,
+            finish_reasons=[f.reason if (f := reply.finishes.get(i)) else None for i in range(len(reply.answers))],
+        )
 
     def _pin(self, request: Request) -> str:
         """The version a router names; nobody else may."""
@@ -302,7 +355,8 @@ class _Desk:
         answers: list[Answer] = []
         try:
             for prompt, choice in itertools.product(prompts, range(asked.n or 1)):
-                answer = await trip.submit(trip.served.adapter, prompt, asked.sampling(tokens, choice))
+                sampling = asked.sampling(tokens, choice, self._timeouts_s.get(trip.served.stream))
+                answer = await trip.submit(trip.served.adapter, prompt, sampling)
                 answers.append(answer)
         except BaseException:
             for answer in answers:
@@ -375,17 +429,13 @@ async def _body(request: Request) -> bytes:
     """The request's body.
 
     Raises:
-        RequestRefused: it is larger than BODY_BYTES_MAX, or takes longer than BODY_S_MAX.
+        RequestRefused: it is larger than BODY_BYTES_MAX; or the gate's: it takes too long.
     """
     body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_S_MAX):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > BODY_BYTES_MAX:
-                    raise RequestRefused(f"body: must be <= {BODY_BYTES_MAX} bytes; shorten the prompt", status=413)
-    except TimeoutError:
-        raise RequestRefused(f"body: must be there within {BODY_S_MAX:.0f} s; send it at once", status=408) from None
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > BODY_BYTES_MAX:
+            raise RequestRefused(f"body: must be <= {BODY_BYTES_MAX} bytes; shorten the prompt", status=413)
     return bytes(body)
 
 

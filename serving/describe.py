@@ -43,7 +43,7 @@ def _responses(method: str, path: str, found: Mapping[str, Any], *, keyed: bool)
     kind, right = _RIGHT.get(path, (None, None))
     content = {kind: {"schema": right}} if kind else found.get("200", {}).get("content", {})
     if path in _STREAMED:
-        content = {**content, "text/event-stream": {"schema": _TEXT}}
+        content = {**content, "text/event-stream": {"schema": _EVENT}}
     answers = {"200": {"description": "What was asked for.", "content": content}}
     if path in _ALSO_503:
         answers["503"] = {"description": "Not now.", "content": content}
@@ -109,6 +109,8 @@ _HEADERS: Schema = {
     "x-ratelimit-remaining-requests": {"schema": _TEXT, "description": "For a key with limits; also for tokens."},
 }
 _VERSION: Schema = {"x-tidegate-version": {"required": True, "schema": _TEXT, "description": "Which version answered."}}
+# Of an event of a stream: a chunk as JSON, an error as JSON, or [DONE].
+_EVENT = _object({"data": _TEXT})
 _FINISH: Schema = {"enum": ["stop", "length"]}
 _LOGPROB = _object({"token": _TEXT, "logprob": {"type": "number"}, "bytes": _maybe(_list(_COUNT))})
 _SCHEMAS: dict[str, Schema] = {

@@ -6,8 +6,10 @@ not in OPEN. What a defect raises is logged by its type and place alone: its mes
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import re
+import time
 import traceback
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
@@ -26,6 +28,7 @@ from serving import access, wire
 from serving.access import Access, Caller, is_loopback
 from serving.errors import RequestRefused, ServingError, Unauthorised
 from serving.problems import error_response
+from serving.traces import Traces, end
 
 # Where a person's browser gets its key from, and where it keeps it.
 LOGIN = "/tidegate/login"
@@ -33,6 +36,8 @@ KEY_COOKIE = "tidegate_key"
 # Probes hold no fact but whether the server lives; whoever restarts it has no key. Neither has who logs in yet.
 OPEN = frozenset({"/healthz", "/readyz", LOGIN, "/tidegate/console.css", "/tidegate/console.svg"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}\Z")
+# A whole body over a slow line; whoever is slower only holds a connection.
+BODY_S_MAX = 30.0
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _FRAMES_SHOWN = 6
 
@@ -97,18 +102,41 @@ class Gate:
     Args:
         app: what is behind it.
         access: decides who a request is from.
+        traces: where spans of requests go; None: nowhere.
     """
 
-    def __init__(self, app: ASGIApp, access: Access) -> None:
+    def __init__(self, app: ASGIApp, access: Access, traces: Traces | None = None) -> None:
         self._app = app
         self._access = access
+        self._traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request in, or answer it here."""
-        if scope["type"] == "http":
+        if scope["type"] == "http" and self._traces is not None and scope["path"] not in OPEN:
+            await self._traced(self._traces, scope, receive, send)
+        elif scope["type"] == "http":
             await self._http(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
+
+    async def _traced(self, traces: Traces, scope: Scope, receive: Receive, send: Send) -> None:
+        began_s = time.monotonic()
+        span = traces.begin(scope["method"], Headers(scope=scope))
+        status = 0
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._http(scope, receive, noted)
+        finally:
+            route = getattr(scope.get("route"), "path", "unknown")
+            method = scope["method"] if scope.get("route") else "HTTP"  # else it is a word of the client's
+            reply = scope["state"].get("reply")
+            end(span, method=method, route=route, status=status, began_s=began_s, reply=reply)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
@@ -125,9 +153,27 @@ class Gate:
                 _mark(message, state["request_id"], state["caller"])
             await send(message)
 
+        ends_s = time.monotonic() + BODY_S_MAX
+        whole = False
+
+        async def timely() -> Message:
+            """The body's next part; behind it nothing is awaited but the end of the connection, for ever."""
+            nonlocal whole
+            try:
+                async with asyncio.timeout(None if whole else max(0.0, ends_s - time.monotonic())):
+                    message = await receive()
+            except TimeoutError:
+                if started:
+                    return {"type": "http.disconnect"}
+                raise RequestRefused(
+                    f"body: must be there within {BODY_S_MAX:.0f} s; send it at once", status=408
+                ) from None
+            whole = message["type"] != "http.request" or not message.get("more_body", False)
+            return message
+
         try:
             self._admit(scope, headers)
-            await self._app(scope, receive, marked)
+            await self._app(scope, timely, marked)
         except ClientDisconnect:
             return
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer and the log no content

@@ -32,6 +32,7 @@ class Reply:
         chat: chat form, else completion form.
         with_usage: whether a stream ends with a usage chunk.
         logprobs: how many likely tokens are told beside each; None: no probabilities.
+        kept: the texts of the answers as they grow, where the stream keeps a transcript; else None.
     """
 
     served: Served
@@ -45,6 +46,7 @@ class Reply:
     first_s: float | None = None
     finishes: dict[int, Finish] = field(default_factory=dict)
     failed: bool = False
+    kept: list[str] | None = None
 
     @property
     def headers(self) -> dict[str, str]:
@@ -166,6 +168,8 @@ class Reply:
             self.first_s = time.monotonic() - self.began_s
         if isinstance(event, Finish):
             self.finishes[index] = event
+        elif self.kept is not None:
+            self.kept[index] += event.text
 
 
 class EventStream(StreamingResponse):

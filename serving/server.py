@@ -8,16 +8,15 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Unpack
 
 import structlog
 import uvicorn
 from fastapi import FastAPI
-from starlette.routing import BaseRoute
 
 from serving.access import Access, is_loopback
-from serving.api import create_app
+from serving.api import Parts, create_app
 from serving.connection import HEAD_BYTES_MAX, Connection
 from serving.errors import ServingError
 from serving.gate import check_classified
@@ -40,10 +39,8 @@ def serve(
     host: str,
     port: int,
     answer_key: bytes,
-    max_tokens: Mapping[str, int] | None = None,
-    access: Access | None = None,
-    routes: Sequence[BaseRoute] = (),
     on_end: Callable[[], object] = _nothing,
+    **parts: Unpack[Parts],
 ) -> None:
     """Serve until SIGINT or SIGTERM: no new requests, answers on their way finish, then everything stops.
 
@@ -52,15 +49,13 @@ def serve(
         host: to listen at.
         port: to listen at.
         answer_key: secret of the answer ids.
-        max_tokens: by stream; see `create_app`.
-        access: who may call; where other machines reach the host, keys must be asked for.
-        routes: more than the API's own.
         on_end: told when the end begins: what never finishes by itself, such as a stream of events, ends then.
+        parts: for `create_app`; where other machines reach the host, `access` must ask for keys.
 
     Raises:
         ServingError: the address cannot be bound, or needs keys and there are none.
     """
-    app = _application(swaps, answer_key, host, max_tokens, access, routes)
+    app = _application(swaps, answer_key, host, parts)
     with bound(host, port) as listener, _settled(), _following(swaps):
         log.info("serving", address=f"http://{host}:{listener.getsockname()[1]}", streams=[s.stream for s in swaps])
         server = uvicorn.Server(_config(app))
@@ -76,10 +71,8 @@ def running(
     answer_key: bytes,
     host: str = "127.0.0.1",
     port: int = 0,
-    max_tokens: Mapping[str, int] | None = None,
-    access: Access | None = None,
-    routes: Sequence[BaseRoute] = (),
     on_end: Callable[[], object] = _nothing,
+    **parts: Unpack[Parts],
 ) -> Iterator[str]:
     """Serve on a thread while the block runs; gives the address. Port 0 takes a free one.
 
@@ -88,7 +81,7 @@ def running(
     Raises:
         ServingError: the address cannot be bound, needs keys and there are none, or the server does not start.
     """
-    app = _application(swaps, answer_key, host, max_tokens, access, routes)
+    app = _application(swaps, answer_key, host, parts)
     with bound(host, port) as listener, _settled():
         server = uvicorn.Server(_config(app))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="api", daemon=True)
@@ -110,25 +103,18 @@ def running(
                 swap.stop()
 
 
-def _application(
-    swaps: Sequence[HotSwap],
-    answer_key: bytes,
-    host: str,
-    max_tokens: Mapping[str, int] | None,
-    access: Access | None,
-    routes: Sequence[BaseRoute],
-) -> FastAPI:
+def _application(swaps: Sequence[HotSwap], answer_key: bytes, host: str, parts: Parts) -> FastAPI:
     """The application, where it may be served.
 
     Raises:
         ServingError: other machines reach the address and no keys are asked for, keys are asked for and there is none,
             or a route says nothing of who may call it.
     """
-    access = access or Access()
+    access = parts.get("access") or Access()
     if not access.required and not is_loopback(host):
         raise ServingError(f"api.host={host}: other machines reach it, so keys must be asked for; or use 127.0.0.1")
     access.check_some(host)
-    app = create_app(swaps, answer_key, max_tokens=max_tokens, access=access, routes=routes)
+    app = create_app(swaps, answer_key, **parts)
     check_classified(app)
     return app
 

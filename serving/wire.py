@@ -92,12 +92,13 @@ class Request(_Strict):
             raise ValueError("stream_options: is only allowed when stream is true")
         return self
 
-    def sampling(self, max_tokens: int, choice: int = 0) -> Sampling:
+    def sampling(self, max_tokens: int, choice: int = 0, timeout_s: float | None = None) -> Sampling:
         """How to choose tokens; what is left out is as OpenAI documents it: temperature 1, top_p 1.
 
         Args:
             max_tokens: most tokens of the answer.
             choice: which of `n`; each has a seed of its own.
+            timeout_s: how long an answer may take.
         """
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return Sampling(
@@ -107,6 +108,7 @@ class Request(_Strict):
             seed=None if self.seed is None else (self.seed + choice) % 2**63,
             stop=stop,
             logprobs=self.logprobs_asked,
+            timeout_s=timeout_s,
         )
 
     @property

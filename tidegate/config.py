@@ -103,6 +103,7 @@ class ApiSettings(_Section):
     host: str = "127.0.0.1"
     port: Port = 8080
     require_keys: bool = False
+    traces: Annotated[str, Field(pattern=r"^(|https?://[^\s]+)$")] = ""
 
 
 class ServiceSettings(_Section):
@@ -328,6 +329,8 @@ class ServingSettings(_Section):
     batch_max: Annotated[int, Field(ge=1, le=512)] = 16
     queue_max: Annotated[int, Field(ge=1)] = 256
     max_tokens: Annotated[int, Field(ge=1)] = 256
+    answer_seconds_max: Annotated[float, Field(ge=0, le=86_400)] = 120.0
+    log_prompts: bool = False
     shadow: Annotated[float, Field(ge=0, le=1)] = 0.0
     canary: CanarySettings = CanarySettings()
 

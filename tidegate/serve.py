@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from serving.engine import Engine
     from serving.shadow import Idle
     from serving.swap import HotSwap, Wanted
+    from serving.traces import Traces
+    from serving.transcript import Transcript
     from tidegate.wiring import Service
 
 
@@ -207,13 +210,47 @@ def run_server(service: Service, replica: str | None = None) -> None:
     swaps = swaps_of(service, name_of(replica) if replica else "")
     # Its own parts: the console asks on threads of its own.
     desk = console_of(Service(service.workspace, service.resolved), swaps)
-    serve(
-        swaps,
-        host=host,
-        port=port,
-        answer_key=service.secret_bytes("answers"),
-        max_tokens={name: stream.serving.max_tokens for name, stream in service.settings.streams.items()},
-        access=access_of(service),
-        routes=routes_of(desk, [swap.stream for swap in swaps]),
-        on_end=desk.end,
-    )
+    streams = service.settings.streams
+    with ExitStack() as open_parts:
+        serve(
+            swaps,
+            host=host,
+            port=port,
+            answer_key=service.secret_bytes("answers"),
+            max_tokens={name: stream.serving.max_tokens for name, stream in streams.items()},
+            timeouts_s={
+                name: stream.serving.answer_seconds_max
+                for name, stream in streams.items()
+                if stream.serving.answer_seconds_max
+            },
+            transcripts=_transcripts(service, open_parts),
+            traces=_traces(api.traces, open_parts),
+            access=access_of(service),
+            routes=routes_of(desk, [swap.stream for swap in swaps]),
+            on_end=desk.end,
+        )
+
+
+def _transcripts(service: Service, open_parts: ExitStack) -> dict[str, Transcript]:
+    """Of the streams that keep one; closed with the stack."""
+    from serving.transcript import Transcript
+
+    kept = {
+        name: Transcript(service.workspace.transcript(name))
+        for name, stream in service.settings.streams.items()
+        if stream.serving.log_prompts
+    }
+    for transcript in kept.values():
+        open_parts.callback(transcript.close)
+    return kept
+
+
+def _traces(endpoint: str, open_parts: ExitStack) -> Traces | None:
+    """Spans to a collector, if there is one; closed with the stack."""
+    if not endpoint:
+        return None
+    from serving.traces import Traces
+
+    traces = Traces(endpoint)
+    open_parts.callback(traces.close)
+    return traces

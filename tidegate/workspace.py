@@ -72,6 +72,10 @@ class Workspace:
         """The server's cache: what it needs to start with the registry down."""
         return self.root / "serving"
 
+    def transcript(self, stream: str) -> Path:
+        """What was asked and answered on a stream that keeps it (`serving.log_prompts`): people's texts."""
+        return self.root / "transcripts" / f"{stream}.jsonl"
+
     @property
     def run(self) -> Path:
         """Logs, locks and addresses of the running service."""

@@ -16,6 +16,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
+from schemathesis.config import SchemathesisConfig
 from schemathesis.specs.openapi import checks as openapi_checks
 
 from tests.serving.fuzzing import raws, send_all, still_answers
@@ -72,7 +73,9 @@ def described(address):
                     "anyOf": [{"type": "integer", "minimum": 1, "maximum": 4}, {"type": "null"}]
                 }
     schema["paths"]["/v1/models/{stream}"]["get"]["parameters"][0]["schema"] = {"enum": [MODEL, "nobody", "ü/?"]}
-    return schemathesis.openapi.from_dict(schema)
+    # What is too large is refused before anybody looks whether it is right.
+    refusals = {"negative_data_rejection": {"expected-statuses": [400, 404, 409, 413]}}
+    return schemathesis.openapi.from_dict(schema, config=SchemathesisConfig.from_dict({"checks": refusals}))
 
 
 def ask_as(operation, mode, address, examples, found):
@@ -152,12 +155,12 @@ def test_ten_thousand_requests_break_nothing_and_leave_memory_flat(server):
 
 
 def test_who_never_finishes_a_head_or_a_body_is_cut_off(tiny, adapters, monkeypatch, tmp_path):
-    from serving import api, connection
+    from serving import connection, gate
     from serving.inprocess import InProcessEngine
     from tests.serving.desk import served
 
     monkeypatch.setattr(connection, "HEAD_S_MAX", 0.5)
-    monkeypatch.setattr(api, "BODY_S_MAX", 0.5)
+    monkeypatch.setattr(gate, "BODY_S_MAX", 0.5)
     with InProcessEngine(tiny) as engine, served(engine, adapters["upper"], tmp_path) as url:
         host, _, port = url.removeprefix("http://").partition(":")
         began = time.monotonic()

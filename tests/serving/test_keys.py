@@ -1,5 +1,6 @@
 """A running server that asks for keys: who gets in where, how fast, and what it says to the others."""
 
+import json
 import threading
 import time
 
@@ -11,11 +12,14 @@ from fastapi import FastAPI
 from serving.access import SCOPES, Access, add_key, local_key, revoke_key
 from serving.api import create_app
 from serving.errors import ServingError
-from serving.gate import OPEN, check_classified, classified
+from serving.gate import check_classified, classified
 from serving.inprocess import InProcessEngine
 from serving.server import running
 from tests.serving.desk import ANSWER_KEY, served
 from tests.serving.registry import MODEL
+from tidegate.console_routes import console_of, routes_of
+from tidegate.wiring import open_service
+from tidegate.workspace import lay_out
 
 # What each scope is for. A new route fails the test of the table until somebody has decided, here too.
 ROUTES = {
@@ -27,6 +31,20 @@ ROUTES = {
     ("GET", "/openapi.json"): {"answer", "read"},
     ("GET", "/metrics"): {"read"},
     ("GET", "/tidegate/state"): {"read"},
+    ("GET", "/"): {"read"},
+    ("HEAD", "/"): {"read"},
+    ("GET", "/tidegate/console/events"): {"read"},
+    ("HEAD", "/tidegate/console/events"): {"read"},
+    ("GET", "/tidegate/console.js"): {"read"},
+    ("HEAD", "/tidegate/console.js"): {"read"},
+    ("POST", "/tidegate/logout"): {"read"},
+    ("GET", "/tidegate/console.css"): set(),
+    ("HEAD", "/tidegate/console.css"): set(),
+    ("GET", "/tidegate/console.svg"): set(),
+    ("HEAD", "/tidegate/console.svg"): set(),
+    ("GET", "/tidegate/login"): set(),
+    ("HEAD", "/tidegate/login"): set(),
+    ("POST", "/tidegate/login"): set(),
     ("GET", "/healthz"): set(),
     ("GET", "/readyz"): set(),
 }
@@ -44,12 +62,22 @@ def keys(file):
 
 
 @pytest.fixture(scope="module")
-def address(tiny, adapters, file, keys, tmp_path_factory):
+def desk(tmp_path_factory):
+    """The console of a fresh workspace."""
+    folder = tmp_path_factory.mktemp("workspace")
+    lay_out(folder)
+    made = console_of(open_service(str(folder)), [])
+    yield made
+    made.end()
+
+
+@pytest.fixture(scope="module")
+def address(tiny, adapters, file, keys, desk, tmp_path_factory):
+    access = Access(file, local_key(ANSWER_KEY))
+    console = {"routes": routes_of(desk, [MODEL]), "on_end": desk.end}
     with (
         InProcessEngine(tiny, batch_max=4, queue_max=32, context_max=256) as engine,
-        served(
-            engine, adapters["upper"], tmp_path_factory.mktemp("api"), access=Access(file, local_key(ANSWER_KEY))
-        ) as url,
+        served(engine, adapters["upper"], tmp_path_factory.mktemp("api"), access=access, **console) as url,
     ):
         yield url
 
@@ -79,30 +107,47 @@ def client(address):
         one.close()
 
 
-def test_every_route_refuses_who_has_no_key_or_the_wrong_scope(address, keys):
-    app = create_app([], ANSWER_KEY)
+def call(method, url, headers):
+    """Status, error code and challenge of an answer, without waiting for the end of a stream."""
+    with httpx.stream(method, url, headers=headers, timeout=60) as reply:
+        said = reply.headers.get("content-type", "") == "application/json" and reply.status_code >= 400
+        code = json.loads(reply.read())["error"]["code"] if said and method != "HEAD" else None
+        return reply.status_code, code, reply.headers.get("www-authenticate", reply.headers.get("location", ""))
+
+
+def check_call(method, path, caller, scopes, told):
+    status, code, challenge = told
+    where = (method, path, caller, told)
+    if not scopes:
+        assert status < 400, where
+    elif caller in {"no key", "wrong key"} and path == "/":  # for people: they are led to the form
+        assert (status, challenge) == (303, "/tidegate/login"), where
+    elif caller in {"no key", "wrong key"}:
+        assert status == 401 and challenge.startswith("Bearer"), where
+        assert code == "invalid_api_key" or method == "HEAD", where
+    elif caller not in scopes:
+        assert status == 403, where
+        assert code == "insufficient_permissions" or method == "HEAD", where
+    else:
+        # Without a body an answer cannot be made: the request was let in, and then found wrong.
+        assert status < 400 or (method, status) == ("POST", 400), where
+
+
+def test_every_route_refuses_who_has_no_key_or_the_wrong_scope(address, keys, desk):
+    app = create_app([], ANSWER_KEY, routes=routes_of(desk, [MODEL]))
     found = {(method, path): scopes for method, path, scopes in classified(app)}
-    assert {route: set(scopes) for route, scopes in found.items()} == ROUTES
+    assert {
+        route: set(scopes or ["nobody decided"]) if scopes != () else set() for route, scopes in found.items()
+    } == ROUTES
     callers = {"no key": {}, "wrong key": bearer("tg-00000000-" + "x" * 43), **{s: bearer(keys[s]) for s in SCOPES}}
-    lines = [f"{'route':<28}" + "".join(f"{caller:>11}" for caller in callers)]
+    lines = [f"{'route':<32}" + "".join(f"{caller:>11}" for caller in callers)]
     for (method, path), scopes in ROUTES.items():
         shown = []
         for caller, headers in callers.items():
-            reply = httpx.request(method, address + path.replace("{stream}", MODEL), headers=headers, timeout=60)
-            shown.append(reply.status_code)
-            if path in OPEN:
-                assert reply.status_code == 200
-            elif caller in {"no key", "wrong key"}:
-                assert reply.status_code == 401, (method, path, caller)
-                assert reply.json()["error"]["code"] == "invalid_api_key"
-                assert reply.headers["www-authenticate"].startswith("Bearer")
-            elif caller not in scopes:
-                assert reply.status_code == 403, (method, path, caller)
-                assert reply.json()["error"]["code"] == "insufficient_permissions"
-            else:
-                # Without a body an answer cannot be made: the request was let in, and then found wrong.
-                assert reply.status_code == (400 if method == "POST" else 200), (method, path, caller)
-        lines.append(f"{method + ' ' + path:<28}" + "".join(f"{status:>11}" for status in shown))
+            told = call(method, address + path.replace("{stream}", MODEL), headers)
+            check_call(method, path, caller, scopes, told)
+            shown.append(told[0])
+        lines.append(f"{method + ' ' + path:<32}" + "".join(f"{status:>11}" for status in shown))
     print("\n" + "\n".join(lines))  # noqa: T201 - `pytest -s` shows the table
 
 
