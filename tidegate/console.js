@@ -34,7 +34,12 @@ function announce(old, fresh) {
 function follow() {
   const events = new EventSource("/tidegate/console/events");
   events.addEventListener("open", () => { connection.textContent = "live"; });
-  events.addEventListener("error", () => { connection.textContent = "the server does not answer; trying again"; });
+  events.addEventListener("error", () => {
+    const over = events.readyState === EventSource.CLOSED;
+    connection.textContent = over
+      ? "the server refuses: reload the page, or log in again"
+      : "the server does not answer; trying again";
+  });
   events.addEventListener("parts", (event) => {
     for (const [id, html] of Object.entries(JSON.parse(event.data))) replace(id, html);
   });

@@ -13,6 +13,7 @@ import asyncio
 import json
 import re
 import threading
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,8 @@ log = structlog.get_logger()
 
 # Proxies close a connection that says nothing; a comment keeps it.
 KEEP_ALIVE_SECONDS = 15.0
+# A stream of events ends after so long and the page asks for the next: with a key that was revoked it gets none.
+STREAM_SECONDS = 300.0
 # Each holds a connection; more than an office of people with a tab open.
 VIEWERS_MAX = 100
 # A form of one field; keys have 56 characters.
@@ -109,13 +112,15 @@ class Desk:
         viewer = Viewer()
         self._enter(viewer)
         seen: dict[str, Markup] = {}
+        end = time.monotonic() + STREAM_SECONDS
         try:
-            while not self._ended.is_set():
+            yield "retry: 500\n\n"
+            while not self._ended.is_set() and time.monotonic() < end:
                 changed = {name: str(part) for name, part in self._parts.items() if seen.get(name) != part}
                 if changed:
                     seen |= self._parts
                     yield f"event: parts\ndata: {json.dumps(changed)}\n\n"
-                if not await viewer.news(KEEP_ALIVE_SECONDS):
+                if not await viewer.news(min(KEEP_ALIVE_SECONDS, max(0.0, end - time.monotonic()))):
                     yield ": still here\n\n"
         finally:
             with self._lock:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,7 +24,9 @@ from tests.serving.adapters import random_adapter
 from tests.serving.registry import MODEL, Registry
 from tests.serving.waiting import Waiting
 from tests.tidegate.streams import STREAM, go_live, seal, workspace
+from tidegate import budget
 from tidegate.console_routes import console_of, routes_of
+from tidegate.planning import plan_arguments, survey
 from tidegate.workspace import write_json
 
 GATES = (
@@ -44,7 +46,7 @@ class Seat:
     service: object
     registry: Registry
     swap: HotSwap
-    down: dict = field(default_factory=dict)
+    old: str  # the block that live knows
 
     def promote(self, number, who="ada", why="clearly better"):
         """As a person does it: a row in the history, and the stage that serving follows."""
@@ -54,7 +56,7 @@ class Seat:
                       who=who, why=why, kind="promote")  # fmt: skip
         versions = self.service.made["versions"]
         versions[:] = [v for v in versions if v.stage != "Production" and v.version != number]
-        go_live(self.service, sha=sha)
+        go_live(self.service, self.old, sha=sha)
         versions[-1] = replace(versions[-1], version=number)
 
     def candidate(self, number, round_id=f"{STREAM}-r0007"):
@@ -76,8 +78,7 @@ def ended_round(service, number, outcome="passed", gates=GATES, version=1):
 def console(base, folder, *, scale=0.3, **more):
     """A server of one stream, whose registry and versions a test changes; versions 1, 2 and 4 can be promoted."""
     service = workspace(folder / "ws", registry={"model": MODEL})
-    seal(service, 1)
-    seal(service, 2)
+    old, _ = seal(service, 1), seal(service, 2)
     for number in VERSIONS:
         random_adapter(base, folder / f"adapter-{number}", number, scale=scale)
     signer = SigningKey.load_or_create(service.keys_dir / "approvals.pem")
@@ -119,7 +120,16 @@ def console(base, folder, *, scale=0.3, **more):
             while httpx.get(f"{url}/readyz").status_code != 200:
                 assert time.monotonic() < end
                 time.sleep(0.05)
-            yield Seat(url, service, registry, swap)
+            yield Seat(url, service, registry, swap, old)
+
+
+def spend(service, rounds):
+    """Charge the block that live knows for so many rounds of replay."""
+    found = survey(service, STREAM, service.versions(MODEL))
+    plan = budget.next_plan(found, plan_arguments(service.stream(STREAM).learner))
+    replayed = [charge for charge in plan.charges() if charge.block_id.endswith("1")]
+    for number in range(rounds):
+        service.ledger.reserve(STREAM, f"{STREAM}-r{number:04d}", 1, "a" * 64, replayed)
 
 
 def down(_model, **_options):
@@ -165,6 +175,7 @@ def main(folder):
         seat.promote(1, why="clearly better than the base on the public gate set")
         seat.promote(2, who="grace", why="better on billing, nothing is forgotten")
         seat.candidate(4, round_id=f"{STREAM}-r0004")
+        spend(seat.service, 9)
         looks = {"light": (900, 1250, "light"), "dark": (900, 1250, "dark"), "phone": (390, 1500, "light")}
         for name, (width, height, scheme) in looks.items():
             page = opened.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)

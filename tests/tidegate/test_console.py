@@ -4,14 +4,16 @@ import json
 import re
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
 import pytest
 
-from serving.access import Access, add_key
+from serving.access import Access, add_key, revoke_key
 from tests.tidegate.consoles import browser, console, down, ended_round
 from tests.tidegate.streams import STREAM
+from tidegate import switches
 from tidegate.console import Source, Told
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +64,14 @@ def test_the_page_shows_what_runs_and_what_waits(page, seat):
     assert page.get_by_role("main").count() == page.get_by_role("banner").count() == 1
 
 
+def test_an_alarm_leads_to_what_to_do(page, seat):
+    alarms = page.get_by_role("region", name="Alarms")
+    alarms.get_by_role("link", name="what to do: broker").click()
+    page.get_by_role("heading", name="Runbook: broker").wait_for()
+    assert "Kafka does not answer" in page.get_by_role("main").inner_text()
+    assert httpx.get(f"{seat.url}/tidegate/runbook/nothing").status_code == 404
+
+
 def test_a_part_that_is_down_is_an_alarm_and_hides_nothing(page, seat):
     page.get_by_role("region", name="Alarms").get_by_text("lag: bootstrap=127.0.0.1").wait_for()
     seat.service.versions, before = down, seat.service.versions
@@ -110,6 +120,18 @@ def test_a_question_that_is_refused_says_why(opened, seat):
     page.locator("#answers .bad").wait_for()
     assert "tokens" in page.locator("#answers .bad").text_content()
     page.close()
+
+
+def test_the_kill_switch_and_a_pause_show_and_are_read_out(page, seat):
+    switches.pause(seat.service, STREAM, who="ada", why=f"audit {HOSTILE}")
+    seat.swap.kill_switch.kill(who="pat", why=f"it swears {HOSTILE}", at="2026-11-28T01:00:00Z")
+    page.get_by_text("on: the bare base answers").wait_for()
+    page.get_by_text(f"by ada: audit {HOSTILE}").wait_for()
+    page.get_by_role("link", name="what to do: killed").wait_for()
+    assert page.locator("#said").text_content() == f"{STREAM}@base answers now"
+    switches.resume(seat.service, STREAM, who="ada", why="over")
+    seat.swap.kill_switch.end()
+    page.get_by_text(f"{STREAM}@1", exact=True).wait_for()
 
 
 def test_a_promotion_shows_without_a_reload_and_is_read_out(page, seat):
@@ -165,7 +187,11 @@ def test_all_viewers_share_one_look_a_second(seat, monkeypatch):
     stop = threading.Event()
 
     def view():
-        with httpx.stream("GET", f"{seat.url}/tidegate/console/events", timeout=10) as events:
+        # Where nothing changes nothing comes: then the wait for it ends the view.
+        with (
+            suppress(httpx.ReadTimeout),
+            httpx.stream("GET", f"{seat.url}/tidegate/console/events", timeout=4) as events,
+        ):
             for _ in events.iter_text():
                 if stop.is_set():
                     return
@@ -176,9 +202,12 @@ def test_all_viewers_share_one_look_a_second(seat, monkeypatch):
     began = time.monotonic()
     while time.monotonic() < began + 3:
         httpx.get(seat.url)
-    stop.set()
     # One look a second for the registry and one in ten for the budgets, however many look.
-    assert len(asked) <= 3 + 2
+    count = len(asked)
+    stop.set()
+    for one in viewers:
+        one.join()
+    assert 1 <= count <= 3 + 2
 
 
 def test_the_events_bring_every_part_first(seat):
@@ -213,7 +242,8 @@ def test_a_source_that_hangs_is_asked_once_and_said_to_be_late(monkeypatch):
     assert not source.told.late
 
 
-def test_a_person_logs_in_with_a_key_that_no_script_can_read(opened, tiny, tmp_path):
+def test_a_person_logs_in_with_a_key_that_no_script_can_read(opened, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("tidegate.console_routes.STREAM_SECONDS", 2.0)
     file = tmp_path / "api_keys.json"
     reader, _ = add_key(file, "reader", scopes=["read"])
     approver, _ = add_key(file, "approver", scopes=["read", "answer", "candidate"])
@@ -247,6 +277,8 @@ def test_a_person_logs_in_with_a_key_that_no_script_can_read(opened, tiny, tmp_p
         page.get_by_label("Prompt", exact=True).fill("where is my order")
         page.get_by_role("button", name="Ask live and the candidate").click()
         page.get_by_text(f"{STREAM}@2 (candidate)").wait_for()
+        revoke_key(file, "approver")
+        page.get_by_text("the server refuses: reload the page, or log in again").wait_for()
         elsewhere = httpx.post(
             f"{seat.url}/tidegate/login", data={"key": approver}, headers={"origin": "http://evil.example"}
         )
