@@ -16,6 +16,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -51,18 +52,24 @@ from tests.serving.registry import MODEL, Registry, trusted  # noqa: E402
 from tests.serving.vllm_server import KEY as VLLM_KEY  # noqa: E402
 from tests.serving.vllm_server import python, vllm_server  # noqa: E402
 from tests.tiny import tiny_base  # noqa: E402
+from tidegate.scheduler import ROUND_NICE  # noqa: E402
+from tidegate.serve import engine_threads  # noqa: E402
 
 DRIVER = ROOT / "bench" / "drivers" / "openloop.py"
 RESULTS = ROOT / "bench" / "results" / "serving.json"
 BATCH = 16
+OK = 200
 # Long enough that writing counts, not only reading the question.
 TOKENS = 32
 SHARE_OF_SATURATION = 0.7
+# Of a run that is done in parts: `--swaps 10`, and once more with `--add`.
+SAMPLES = ROOT / "workspace" / "bench-serving.json"
 SWAPS = 20
 ROUTER_PAIRS = 4
 WARM_S = 2.0
-PARTS = ("throughput", "swaps", "router")
-THREADS = min(2, os.cpu_count() or 1)  # as `service.threads`
+PARTS = ("throughput", "swaps", "beside", "router")
+BESIDE_PAIRS = 8
+THREADS = engine_threads(2)  # as the server, by the default of `service.threads`
 PROMPTS = (
     "where is my new card",
     "i was charged twice for the same order, can you check what happened and refund one",
@@ -93,6 +100,7 @@ class Size:
     requests: int
     answer_tokens: int
     window_s_min: float = 2.0
+    swaps: int = SWAPS
 
 
 SIZES = {"tiny": Size(5, 8.0, 2000, 6), "135M": Size(3, 24.0, 2000, 6)}
@@ -223,19 +231,19 @@ def saturation(url: str, size: Size, folder: Path) -> float:
     with driven(plan, folder) as rows:
         pass
     counted = [row for row in rows if begin <= row["done_s"] <= begin + size.saturating_s]
-    if any(row["status"] != httpx.codes.OK for row in rows):
+    if any(row["status"] != OK for row in rows):
         raise RuntimeError("saturation: an answer failed; raise queue_max")
     return len(counted) / size.saturating_s
 
 
-def planned(rate: float, size: Size) -> tuple[list[tuple[float, int]], list[Window]]:
+def planned(rate: float, size: Size, seed: int) -> tuple[list[tuple[float, int]], list[Window]]:
     """Poisson arrivals in pairs of windows: without a swap and with one, in random order, with the same arrivals."""
-    chance = random.Random(20)  # noqa: S311 - nobody is kept from guessing arrivals
-    window_s = max(size.window_s_min, size.requests / rate / (2 * SWAPS))
+    chance = random.Random(seed)  # noqa: S311 - nobody is kept from guessing arrivals
+    window_s = max(size.window_s_min, size.requests / rate / (2 * size.swaps))
     begin_s = time.monotonic() + 3  # the driver starts meanwhile
     due: list[tuple[float, int]] = []
     windows = []
-    for _ in range(SWAPS):
+    for _ in range(size.swaps):
         arrivals, at = [], chance.expovariate(rate)
         while at < window_s:
             arrivals.append((at, chance.randrange(len(PROMPTS))))
@@ -247,7 +255,9 @@ def planned(rate: float, size: Size) -> tuple[list[tuple[float, int]], list[Wind
     return due, windows
 
 
-def swaps(name: str, base: Base, adapters: dict[int, Path], size: Size, threads: int, folder: Path) -> dict[str, Any]:
+def swaps(
+    name: str, base: Base, adapters: dict[int, Path], size: Size, threads: int, seed: int, folder: Path
+) -> dict[str, Any]:
     """Answers over HTTP while versions change, and while they do not, in turns."""
     registry = Registry(SigningKey.load_or_create(folder / "approvals.pem"), dict(adapters))
     source = {"wanted": registry.wanted, "fetch": registry.fetch, "acknowledge": registry.acknowledge}
@@ -259,7 +269,7 @@ def swaps(name: str, base: Base, adapters: dict[int, Path], size: Size, threads:
         while not (swap.current and swap.current.version == 1):
             time.sleep(0.01)
         rate = SHARE_OF_SATURATION * (most := saturation(url, size, folder))
-        due, windows = planned(rate, size)
+        due, windows = planned(rate, size, seed)
         load_s = []
         with driven({"url": url, "bodies": bodies(size), "due_s": due}, folder) as rows:
             version = 1
@@ -274,12 +284,54 @@ def swaps(name: str, base: Base, adapters: dict[int, Path], size: Size, threads:
         if swap.alarms:
             raise RuntimeError(f"swaps: alarms {swap.alarms}, must be none")
         said = expected(engine, adapters, size)
-    return judged(rows, windows, said) | {
-        "load_s": statistics.median(load_s),
-        "load_s_max": max(load_s),
-        "saturation_per_s": most,
-        "asked_per_s": rate,
-    }
+    return sampled(rows, windows, said) | {"load_s": load_s, "saturation_per_s": [most], "asked_per_s": [rate]}
+
+
+def beside_a_round(base: Base, adapters: dict[int, Path], size: Size, threads: int, folder: Path) -> dict[str, float]:
+    """p99 while steps of private training run on the same cores, against p99 while they do not, by their priority."""
+    registry = Registry(SigningKey.load_or_create(folder / "approvals.pem"), dict(adapters))
+    source = {"wanted": registry.wanted, "fetch": registry.fetch, "acknowledge": registry.acknowledge}
+    found = {}
+    with ExitStack() as open_parts:
+        engine = open_parts.enter_context(in_process(base, folder, threads))
+        swap = HotSwap(MODEL, engine, cache=folder / "cache", trusted=trusted(registry.signer), **source)
+        registry.promote(1)
+        url = open_parts.enter_context(running([swap], answer_key=KEY))
+        while not (swap.current and swap.current.version == 1):
+            time.sleep(0.01)
+        rate = SHARE_OF_SATURATION * saturation(url, size, folder)
+        few = replace(size, swaps=BESIDE_PAIRS, requests=size.requests * BESIDE_PAIRS // SWAPS)
+        for nice in (ROUND_NICE, 0):
+            child = open_parts.enter_context(training(base, nice))
+            due, windows = planned(rate, few, nice)
+            with driven({"url": url, "bodies": bodies(size), "due_s": due}, folder) as rows:
+                for window in windows:
+                    time.sleep(max(0.0, window.begin_s - time.monotonic()))
+                    child.send_signal(signal.SIGSTOP if window.click_s is None else signal.SIGCONT)
+            child.kill()
+            found[f"p99_beside_round_nice_{nice}"] = p99_ratio(pairs_of(rows, windows))
+    return found
+
+
+@contextmanager
+def training(base: Base, nice: int) -> Iterator[subprocess.Popen[str]]:
+    """A process that takes one private step after another, stopped until it gets SIGCONT."""
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "bench.peers.steps"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    child = subprocess.Popen(command, cwd=ROOT, env=environ, preexec_fn=lambda: os.nice(nice), **pipes)  # noqa: PLW1509
+    try:
+        renderer = Renderer(load_tokenizer(base), "")
+        examples = [renderer.example(prompt, label) for prompt, label in zip(PROMPTS, LABELS, strict=True)] * 8
+        order = {"way": "private", "base": str(base.path), "layers": 1, "examples": examples, "batch": len(examples)}
+        child.stdin.write(json.dumps(order) + "\n" + "step\n" * 1000)
+        child.stdin.flush()
+        child.stdout.readline()  # it is ready
+        child.send_signal(signal.SIGSTOP)
+        yield child
+    finally:
+        child.kill()
+        child.wait()
 
 
 def through_router(
@@ -350,34 +402,49 @@ def expected(engine: Engine, adapters: dict[int, Path], size: Size) -> dict[tupl
     return said
 
 
-def judged(
-    rows: list[dict[str, Any]], windows: list[Window], said: dict[tuple[str, int], str]
-) -> dict[str, float | int | list[float]]:
-    """Figures of the answers."""
-    good = [row for row in rows if row["status"] == httpx.codes.OK]
-    took: list[tuple[list[float], list[float]]] = [([], []) for _ in range(SWAPS)]
-    for row in good:
-        at = next(number for number, window in enumerate(windows) if row["due_s"] < window.end_s)
-        took[at // 2][windows[at].click_s is not None].append(row["done_s"] - row["due_s"])
+def sampled(rows: list[dict[str, Any]], windows: list[Window], said: dict[tuple[str, int], str]) -> dict[str, Any]:
+    """What is kept of answers: lists, to which another part of the run may be added."""
+    good = [row for row in rows if row["status"] == OK]
     clicks = [window.click_s for window in windows if window.click_s is not None]
     first = {row["version"]: row["done_s"] for row in sorted(good, key=lambda row: -row["done_s"])}
-    click_to_answer = [first[f"{MODEL}@{number}"] - click for number, click in enumerate(clicks, start=2)]
-    quiet, swapping = ([s for pair in took for s in pair[kind]] for kind in (0, 1))
-    chance = random.Random(1)  # noqa: S311 - as above
-    drawn = [p99_ratio(chance.choices(took, k=len(took))) for _ in range(300)]
     return {
-        "requests": len(rows),
+        "requests": [len(rows)],
+        "failed": [len(rows) - len(good)],
+        "mixed": [sum(said.get((row["version"], row["body"])) != row["said"] for row in good)],
+        "took": pairs_of(good, windows),
+        "click_to_answer_s": [first[f"{MODEL}@{number}"] - click for number, click in enumerate(clicks, start=2)],
+    }
+
+
+def pairs_of(rows: list[dict[str, Any]], windows: list[Window]) -> list[tuple[list[float], list[float]]]:
+    """Seconds of the answers, by pair of windows: without and with what is compared."""
+    took: list[tuple[list[float], list[float]]] = [([], []) for _ in range(len(windows) // 2)]
+    for row in rows:
+        at = next(number for number, window in enumerate(windows) if row["due_s"] < window.end_s)
+        took[at // 2][windows[at].click_s is not None].append(row["done_s"] - row["due_s"])
+    return took
+
+
+def judged(samples: dict[str, list[Any]]) -> dict[str, float | int]:
+    """Figures of the samples."""
+    took, clicks, loads = samples["took"], samples["click_to_answer_s"], samples["load_s"]
+    quiet, swapping = ([s for pair in took for s in pair[kind]] for kind in (0, 1))
+    chance = random.Random(1)  # noqa: S311 - nobody is kept from guessing
+    drawn = [p99_ratio(chance.choices(took, k=len(took))) for _ in range(300)]
+    return {name: sum(samples[name]) for name in ("requests", "failed", "mixed")} | {
         "swaps": len(clicks),
-        "failed": len(rows) - len(good),
-        "mixed": sum(said.get((row["version"], row["body"])) != row["said"] for row in good),
         "p99_ratio": p99_ratio(took),
         "p99_ratio_se": statistics.stdev(drawn),
         "p50_quiet_s": percentile(quiet, 50),
         "p50_swapping_s": percentile(swapping, 50),
         "p99_quiet_s": percentile(quiet, 99),
         "p99_swapping_s": percentile(swapping, 99),
-        "click_to_answer_s": statistics.median(click_to_answer),
-        "click_to_answer_s_max": max(click_to_answer),
+        "click_to_answer_s": statistics.median(clicks),
+        "click_to_answer_s_max": max(clicks),
+        "load_s": statistics.median(loads),
+        "load_s_max": max(loads),
+        "saturation_per_s": statistics.mean(samples["saturation_per_s"]),
+        "asked_per_s": statistics.mean(samples["asked_per_s"]),
     }
 
 
@@ -393,12 +460,12 @@ def percentile(values: list[float], share: int) -> float:
 # All of it
 
 
-def versions(base: Base, folder: Path) -> dict[int, Path]:
-    """As many adapters as there are swaps and one more, in the shape of a round's."""
+def versions(base: Base, count: int, folder: Path) -> dict[int, Path]:
+    """Adapters in the shape of a round's."""
     depth = json.loads((base.path / "config.json").read_text())["num_hidden_layers"]
     layers = tuple(range(max(0, depth - 6), depth))
     shape = LoraSettings(r=16, alpha=16.0)
-    made = {version: folder / str(version) for version in range(1, SWAPS + 2)}
+    made = {version: folder / str(version) for version in range(1, count + 1)}
     for version, path in made.items():
         random_adapter(base, path, version, layers=layers, targets=ALL_TARGETS, shape=shape, scale=0.15)
     return made
@@ -406,16 +473,23 @@ def versions(base: Base, folder: Path) -> dict[int, Path]:
 
 def measure(engine: str, name: str, base: Base, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The figures of one engine on one base."""
-    adapters = versions(base, folder / name)
     size = SIZES[name]
-    if options.requests:
-        size = replace(size, requests=options.requests)
+    size = replace(size, swaps=options.swaps, requests=options.requests or size.requests * options.swaps // SWAPS)
+    adapters = versions(base, size.swaps + 1, folder / name)
     figures: dict[str, Any] = {}
     parts = options.part or PARTS
     if "throughput" in parts and engine == "inprocess":
         figures |= throughput(base, adapters[1], size)
     if "swaps" in parts:
-        figures |= swaps(engine, base, adapters, size, options.threads, folder / name)
+        known = json.loads(SAMPLES.read_text()) if SAMPLES.exists() else {}
+        before = known.get(f"{engine} {name}", {}) if options.add else {}
+        found = swaps(engine, base, adapters, size, options.threads, len(before.get("took", [])), folder / name)
+        samples = {key: [*before.get(key, []), *values] for key, values in found.items()}
+        SAMPLES.parent.mkdir(exist_ok=True)
+        SAMPLES.write_text(json.dumps(known | {f"{engine} {name}": samples}))
+        figures |= judged(samples)
+    if "beside" in parts and engine == "inprocess":
+        figures |= beside_a_round(base, adapters, size, options.threads, folder / name)
     if "router" in parts and engine == "vllm":
         figures |= through_router(engine, base, adapters, size, options.threads, folder / name)
     return figures
@@ -440,7 +514,9 @@ def main() -> None:
     asked.add_argument("--engine", choices=ENGINES, action="append", help="default: all")
     asked.add_argument("--base", choices=SIZES, action="append", help="default: all")
     asked.add_argument("--part", choices=PARTS, action="append", help="default: all")
-    asked.add_argument("--requests", type=int, help="at 70%% of saturation; default: 2000, which the figures are for")
+    asked.add_argument("--swaps", type=int, default=SWAPS, help="default: 20, and 2000 requests")
+    asked.add_argument("--requests", type=int, help="at 70%% of saturation; default: 100 a swap")
+    asked.add_argument("--add", action="store_true", help="to the samples of a run before")
     asked.add_argument("--threads", type=int, default=THREADS, help="of the in-process engine")
     options = asked.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))

@@ -17,12 +17,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from learner.adapter import adapter_sha256
+from learner.adapter import BYTES_MAX, adapter_sha256
 from learner.errors import LearnerError
 from serving.errors import SwapError
 
 # Adapters are a few MB; an emergency rollback reaches back this far.
 KEPT_ADAPTERS = 20
+# What is larger is not even hashed; its configuration comes on top of the weights.
+ADAPTER_BYTES_MAX = BYTES_MAX + (1 << 20)
 
 
 class LocalCache:
@@ -109,6 +111,12 @@ class LocalCache:
                 got = fetch(work / "adapter")
             except Exception as error:  # the caller's function: whatever it is, the live version goes on
                 raise SwapError(f"adapter {sha256[:12]}: cannot be fetched ({error}); check the registry") from error
+            size = sum(file.stat().st_size for file in got.iterdir())
+            if size > ADAPTER_BYTES_MAX:
+                raise SwapError(
+                    f"adapter {sha256[:12]}: {size} bytes, must be <= {ADAPTER_BYTES_MAX}; a LoRA adapter is smaller, "
+                    "check what was registered, or approve another version"
+                )
             try:
                 found = adapter_sha256(got)
             except LearnerError as error:

@@ -40,8 +40,10 @@ PIN_SECONDS = 60.0
 LEFT_MAX = 4
 # Leases taken in the last moment of that time are under way when eviction looks.
 PIN_GRACE_SECONDS = 5.0
-# Resident beside the live one: going back to them needs no loading.
-KEPT_RESIDENT = 2
+# Of the files of resident adapters, the live one among them: going back to one of them needs no loading.
+RESIDENT_MB = 256.0
+# However small they are: an engine behind HTTP has so many places at least, and going further back may take a second.
+RESIDENT_MAX = 16
 
 log = structlog.get_logger()
 
@@ -85,6 +87,7 @@ class HotSwap:
         open_stream: whether nothing was ever promised to anybody in the stream: else none without privacy answers.
         poll_seconds: pause between two questions to the registry.
         retry_seconds: pause before a version that failed is tried again.
+        resident_mb: adapters used last stay in the engine while their files are no larger together; the live one does.
         replica: which of several servers behind a router: what was live there can still be asked for, for a while.
     """
 
@@ -102,6 +105,7 @@ class HotSwap:
         open_stream: bool = False,
         poll_seconds: float = 0.5,
         retry_seconds: float = RETRY_SECONDS,
+        resident_mb: float = RESIDENT_MB,
         replica: str = "",
     ) -> None:
         self.stream = stream
@@ -124,7 +128,9 @@ class HotSwap:
         self._swap_s = 0.0
         self._acknowledged = 0
         self._failed: tuple[Approval, Alarm, float] | None = None
+        self._resident_bytes = resident_mb * 1e6
         self._residents: list[Served] = []  # last used last
+        self._sizes: dict[str, int] = {}  # bytes of an adapter's files, by sha256
         self._left: dict[Served, float] = {}  # what was live a moment ago, and until when it was
         self._leases: Counter[Served] = Counter()
         self._lock = threading.Lock()  # guards _current and _leases
@@ -368,6 +374,7 @@ class HotSwap:
             if fresh:
                 folder = self._cache.adapter(approval.adapter_sha256) or self._fetched(approval)
                 self.engine.load(str(served.adapter), folder)
+                self._sizes[served.adapter_sha256] = sum(file.stat().st_size for file in folder.iterdir())
             try:
                 self.engine.probe(served.adapter)
                 if self._followed is not approval:
@@ -431,16 +438,24 @@ class HotSwap:
             found.append(Alarm("acknowledge", str(current.version), message))
 
     def _evict(self) -> None:
-        """Unload what is neither live, nor among the last few, nor answering."""
+        """Unload what is neither live, nor answering, nor among the last that fit into the budget."""
         with self._lock:
             ago = time.monotonic() - PIN_SECONDS - PIN_GRACE_SECONDS
             self._left = {one: at for one, at in list(self._left.items())[-LEFT_MAX:] if at > ago}
             busy = {self._current, *self._leases, *self._left}
-        for served in self._residents[: -1 - KEPT_RESIDENT]:
-            if served not in busy:
-                self._residents.remove(served)
+        kept: list[Served] = []
+        used = 0
+        for served in reversed(self._residents):
+            size = self._sizes[served.adapter_sha256]
+            if served in busy or (used + size <= self._resident_bytes and len(kept) < RESIDENT_MAX):
+                kept.insert(0, served)
+                used += size
+            else:
                 self.engine.unload(str(served.adapter))
-                self._cache.prune({other.adapter_sha256 for other in self._residents})
+        self._residents = kept
+        if self._sizes.keys() != (needed := {served.adapter_sha256 for served in kept}):
+            self._sizes = {sha256: size for sha256, size in self._sizes.items() if sha256 in needed}
+            self._cache.prune(needed)
 
     def _held(self) -> list[Served]:
         """What a router may name: what is live, first, and what was a moment ago. Under the lock."""

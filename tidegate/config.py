@@ -331,6 +331,7 @@ class ServingSettings(_Section):
     max_tokens: Annotated[int, Field(ge=1)] = 256
     answer_seconds_max: Annotated[float, Field(ge=0, le=86_400)] = 120.0
     log_prompts: bool = False
+    resident_mb: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 256.0
     shadow: Annotated[float, Field(ge=0, le=1)] = 0.0
     canary: CanarySettings = CanarySettings()
 

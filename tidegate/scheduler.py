@@ -39,6 +39,8 @@ log = structlog.get_logger()
 
 # A stream that was never scheduled has its first round soon: a block may have been waiting for hours.
 FIRST_SECONDS = 2.0
+# A round takes what others leave: at 10 a busy core gives it a tenth of what it gives to who is at 0.
+ROUND_NICE = 10
 # How often a running round and the stop event are looked at.
 LOOK_SECONDS = 0.2
 # A round ends at once when it is asked to; one that hangs where no signal reaches it is killed.
@@ -82,7 +84,7 @@ class RoundRunner:
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr,
             stderr=sys.stderr,
-            preexec_fn=die_with_parent,  # noqa: PLW1509 - only prctl is called, no lock is taken
+            preexec_fn=_in_the_background,  # noqa: PLW1509 - two system calls, no lock is taken
             start_new_session=True,
             env=os.environ.copy(),
         )
@@ -120,6 +122,12 @@ class RoundRunner:
         how = f"ended with code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
         log.error("round failed", stream=stream, code=code, way_out=f"tidegate round {stream}")
         return said or f"failed: its process {how}"
+
+
+def _in_the_background() -> None:
+    """In the child: it ends with its parent, and whoever waits for an answer or a block on this machine comes first."""
+    die_with_parent()
+    os.nice(ROUND_NICE)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

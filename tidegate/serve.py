@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -66,6 +67,15 @@ def wanted_of(service: Service, stream: str, look: Look | None = None) -> Callab
     return ask
 
 
+def engine_threads(most: int) -> int:
+    """Threads of one matrix product: one core is left to the API, to swaps and to whatever else runs there.
+
+    Two threads on two cores wait for each other at every operation as soon as something else wants a core: a tiny model
+    then answered less than half as many (`make bench-serving` with `--threads 2`, beside other work).
+    """
+    return max(1, min(most, len(os.sched_getaffinity(0)) - 1))
+
+
 def swaps_of(service: Service, replica: str = "") -> list[HotSwap]:
     """A hot swap for every stream; streams on one base share its engine.
 
@@ -107,6 +117,7 @@ def swaps_of(service: Service, replica: str = "") -> list[HotSwap]:
                 model=model,
                 open_stream=service.is_open(stream),
                 poll_seconds=settings.serving.poll_seconds,
+                resident_mb=settings.serving.resident_mb,
                 replica=replica,
             )
         )
@@ -132,7 +143,7 @@ def engine_of(service: Service, stream: str, replica: str = "") -> Engine:
         )
     from serving.inprocess import InProcessEngine
 
-    threads = service.settings.service.threads
+    threads = engine_threads(service.settings.service.threads)
     return InProcessEngine(service.base(stream), system=settings.learner.system, threads=threads, **plain)
 
 
