@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tidegate.config import LoraConfig
     from tidegate.wiring import Service
 
-ENVIRONMENT = CHECKOUT / ".venv-vllm"
+ENVIRONMENT = Path(os.environ.get("TIDEGATE_VLLM_ENV", CHECKOUT / ".venv-vllm"))
 # What vLLM has kernels for.
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Adapters in one batch: old and new of two streams; each place costs memory.

@@ -115,9 +115,8 @@ def route(folder, port, *urls):
             out.write(f"{stream} {version}\n")
 
     def make():
-        return Router(
-            urls, KEY, acknowledge=acknowledge, kept=Path(folder) / "router.json", settle_s=SETTLE_S, poll_s=0.05
-        )
+        kept, poll_s = Path(folder) / "router.json", float(os.environ.get("POLL_S", "0.05"))
+        return Router(urls, KEY, acknowledge=acknowledge, kept=kept, settle_s=SETTLE_S, poll_s=poll_s)
 
     route(make, host="127.0.0.1", port=int(port))
 

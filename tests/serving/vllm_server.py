@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from ingest.child import die_with_parent
 from learner.base import Base
 from tidegate.vllm import ENVIRONMENT, command, environment
 
@@ -23,7 +24,7 @@ SMALL = ("--max-model-len", "512", "--enforce-eager")
 
 def python():
     """Of the environment with vLLM, which may be elsewhere; None when there is none."""
-    found = Path(os.environ.get("TIDEGATE_VLLM_ENV", ENVIRONMENT)) / "bin" / "python"
+    found = ENVIRONMENT / "bin" / "python"
     return found if found.exists() else None
 
 
@@ -42,7 +43,13 @@ class VllmServer:
         words = command(python(), self.base, self.url, rank=16, dtype="float32", more=SMALL)
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
-                words, env=environment(KEY), stdout=out, stderr=out, cwd=self.log.parent, start_new_session=True
+                words,
+                env=environment(KEY),
+                stdout=out,
+                stderr=out,
+                cwd=self.log.parent,
+                start_new_session=True,
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - only prctl is called
             )
         end = time.monotonic() + START_S
         while not self.well():

@@ -206,7 +206,9 @@ def serve(given: str | None, replica: str | None) -> None:
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("stream")
 @click.argument("more", nargs=-1, metavar="[-- ARGUMENTS OF VLLM'S OWN]")
-@click.option("--env", type=click.Path(), help="Environment that has vLLM; default: .venv-vllm, from `make vllm`.")
+@click.option(
+    "--env", type=click.Path(), help="Environment that has vLLM; default: TIDEGATE_VLLM_ENV, else .venv-vllm."
+)
 @click.pass_obj
 def vllm(given: str | None, stream: str, more: tuple[str, ...], env: str | None) -> None:
     """Run vLLM on STREAM's base at serving.vllm_url, taking adapters while it runs. For streams with engine: vllm."""
