@@ -11,6 +11,8 @@ from tests.registry.showcase import MODEL, Clicks, opened
 
 # For what moves nothing into Production, and for what does.
 CALM, ROLLED_BACK = "calm-desk", "rolled-back"
+# Two busy cores may take seconds for what takes a tenth of one.
+expect.set_options(timeout=30_000)
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +123,7 @@ def test_a_candidate_is_rejected_with_a_reason_and_stays_so(registry, sit_down):
     expect(ada.stage).to_have_text("Archived")
     expect(ada.history.get_by_role("row").nth(1)).to_contain_text(re.compile("rejected.*Staging → Archived"))
     ada.move("Production", "changed my mind")
-    expect(ada.toast).to_contain_text("was rejected by ada")
-    expect(ada.toast).to_contain_text("rude in German")
+    expect(ada.toast).to_contain_text(re.compile("was rejected by ada.*rude in German"))
 
 
 def test_going_back_takes_a_few_clicks_and_a_reason(registry, sit_down):
