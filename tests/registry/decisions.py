@@ -108,11 +108,12 @@ class Decisions(RuleBasedStateMachine):
 
     race: Race
     numbers: Iterator[int] = itertools.count()
+    kind: type[Desk] = Desk
 
     @initialize()
     def begin(self):
         self.model = f"model-{next(self.numbers)}"
-        self.desk = Desk()
+        self.desk = self.kind()
         self.session = requests.Session()
         self.session.trust_env = False
         self._post("registered-models/create", {"name": self.model}).raise_for_status()

@@ -12,7 +12,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from registry.approvals import Approvals
 from tests.privacy import postgres
-from tests.registry.decisions import Decisions
+from tests.registry.decisions import Decisions, Desk
 from tests.registry.race import on
 from tests.registry.race_verdict import Answer, Sightings, faults
 
@@ -33,8 +33,8 @@ def race(request, folder):
         yield begun
 
 
-def decide(race, examples, steps):
-    machine = type("DecisionsHere", (Decisions,), {"race": race})
+def decide(race, examples, steps, kind=Desk):
+    machine = type("DecisionsHere", (Decisions,), {"race": race, "kind": kind})
     run_state_machine_as_test(
         machine,
         settings=settings(
@@ -49,6 +49,29 @@ def decide(race, examples, steps):
 
 def test_every_ask_ends_in_the_state_it_should_whatever_came_before(race):
     decide(race, examples=8, steps=16)
+
+
+class Credulous(Desk):
+    """Lets a version go live again that a person rejected."""
+
+    def promote(self, number):
+        chosen = self.versions[number]
+        chosen.state = "stale" if chosen.state == "rejected" else chosen.state
+        return super().promote(number)
+
+
+class Forgetful(Desk):
+    """Lets candidates wait whose parent is no longer live."""
+
+    def _make_stale(self, sha):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Credulous, Forgetful])
+def test_a_dictionary_that_is_wrong_is_contradicted(race, kind):
+    with pytest.raises(AssertionError):
+        decide(race, examples=40, steps=16, kind=kind)
 
 
 @pytest.mark.slow
