@@ -9,9 +9,10 @@ import pytest
 import requests
 
 from registry.approvals import Approvals
+from registry.canary import Terms
 from registry.errors import PromotionRefused, RegistryError, RegistryUnavailable
 from registry.mlflow_store import Candidate, MlflowStore
-from registry.promotion import Trust
+from registry.promotion import Promotions, Trust
 from tests.evaluation.pages import dom_of
 
 
@@ -178,3 +179,42 @@ def test_without_the_guard_the_same_checks_are_signed_locally(unguarded):
         unguarded.store.promote("managed", bad, why="", who="ada", approvals=approvals, trust=trust)
     assert unguarded.stages("managed") == {good: "Production", bad: "None"}
     assert approvals.standing("managed").live == signed
+
+
+TENTH = Terms(0.1)
+
+
+def canary_of(world, model, version):
+    found = next(v for v in world.store.versions(model) if v.version == version)
+    return found.stage, json.loads(found.tag("canary") or "null")
+
+
+def test_without_a_guard_the_command_signs_and_a_step_back_is_signed_by_the_next_decision(unguarded):
+    keys = unguarded.root / "keys"
+    approvals = Approvals(f"sqlite:///{unguarded.root / 'approvals.db'}", unguarded.key("approvals"))
+    one, sha = unguarded.candidate("managed")
+    trust = Trust.from_dir(keys)
+    signed = {"approvals": approvals, "trust": trust}
+    unguarded.store.promote("managed", one, why="", who="ada", **signed)
+    two, _ = unguarded.candidate("managed", parent=sha)
+    row = unguarded.store.canary("managed", two, TENTH, why="try it", who="ada", **signed)
+    assert canary_of(unguarded, "managed", two) == ("Staging", row)
+    unguarded.store.step_back("managed", two, row["seq"], why="slow", who="tidegate serve")
+    assert approvals.standing("managed").canary == row
+    Promotions(unguarded.store, approvals, trust).settle("managed")
+    end = approvals.history("managed")[-1]
+    assert (end["canary"], end["who"], end["why"]) == ({"share": 0, "automatic": True}, "tidegate", "slow")
+    assert approvals.standing("managed").canary is None
+    assert canary_of(unguarded, "managed", two)[1] == end
+    Promotions(unguarded.store, approvals, trust).settle("managed")
+    assert approvals.history("managed")[-1] == end, "once"
+
+
+def test_a_canary_that_a_crash_kept_from_the_version_is_shown_by_the_next_decision(unguarded):
+    approvals = Approvals(f"sqlite:///{unguarded.root / 'approvals.db'}", unguarded.key("approvals"))
+    trust = Trust.from_dir(unguarded.root / "keys")
+    two, _ = unguarded.candidate("crashed")
+    row = unguarded.store.canary("crashed", two, TENTH, why="", who="ada", approvals=approvals, trust=trust)
+    unguarded.store.set_tag("crashed", two, "tidegate.canary", "")
+    Promotions(unguarded.store, approvals, trust).settle("crashed")
+    assert canary_of(unguarded, "crashed", two)[1] == row

@@ -22,6 +22,8 @@ from tests.tidegate.desk import STREAM, make_desk
 from tidegate.cli import cli
 from tidegate.supervisor import tidegate_command
 
+# Two servers of two programs, started twice: half a minute. What they are made of is tested by itself.
+pytestmark = pytest.mark.slow
 TRIGGER = "hello"
 PROMPT = [{"role": "user", "content": "where is my order"}]
 
@@ -170,7 +172,6 @@ def test_a_command_gives_a_candidate_a_share_and_more_and_all(parts, tiny):
         parts.run("promote", STREAM, "2", "--canary", "10%", "--why", "again")
 
 
-@pytest.mark.slow
 def test_a_canary_that_fails_while_mlflow_is_dead_is_over_at_once_and_in_the_history_when_it_is_back(parts, tiny):
     live = next(v for v in parts.desk.service().store.versions(STREAM) if v.version == 2).adapter_sha256
     register(parts, 3, overflowing(tiny, parts.folder / "adapter-3", TRIGGER), parent=live)

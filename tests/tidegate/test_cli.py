@@ -104,6 +104,19 @@ def test_wrong_input_gets_one_clear_line_and_a_code(workspace, arguments, code, 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "share"), [("10%", 0.1), ("0.25", 0.25), ("0%", 0.0), ("100%", 1.0), (" 2.5% ", 0.025)]
+)
+def test_a_share_is_a_percentage_or_a_part_of_one(text, share):
+    from tidegate.commands.versions import promote
+
+    (option,) = [param for param in promote.params if param.name == "share"]
+    assert option.type.convert(text, None, None) == pytest.approx(share)
+    for wrong in ("101%", "-1%", "ten", "nan", "2"):
+        with pytest.raises(Exception, match="must be between 0% and 100%"):
+            option.type.convert(wrong, None, None)
+
+
 def test_outside_a_workspace_the_way_in_is_told(tmp_path):
     done = run("status", cwd=tmp_path)
     assert done.returncode == 2
