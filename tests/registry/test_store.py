@@ -192,29 +192,29 @@ def canary_of(world, model, version):
 def test_without_a_guard_the_command_signs_and_a_step_back_is_signed_by_the_next_decision(unguarded):
     keys = unguarded.root / "keys"
     approvals = Approvals(f"sqlite:///{unguarded.root / 'approvals.db'}", unguarded.key("approvals"))
-    one, sha = unguarded.candidate("managed")
+    one, sha = unguarded.candidate("tenth")
     trust = Trust.from_dir(keys)
     signed = {"approvals": approvals, "trust": trust}
-    unguarded.store.promote("managed", one, why="", who="ada", **signed)
-    two, _ = unguarded.candidate("managed", parent=sha)
-    row = unguarded.store.canary("managed", two, TENTH, why="try it", who="ada", **signed)
-    assert canary_of(unguarded, "managed", two) == ("Staging", row)
-    unguarded.store.step_back("managed", two, row["seq"], why="slow", who="tidegate serve")
-    assert approvals.standing("managed").canary == row
-    Promotions(unguarded.store, approvals, trust).settle("managed")
-    end = approvals.history("managed")[-1]
+    unguarded.store.promote("tenth", one, why="", who="ada", **signed)
+    two, _ = unguarded.candidate("tenth", parent=sha)
+    row = unguarded.store.canary("tenth", two, TENTH, why="try it", who="ada", **signed)
+    assert canary_of(unguarded, "tenth", two) == ("Staging", row)
+    unguarded.store.step_back("tenth", two, row["seq"], why="slow", who="tidegate serve")
+    assert approvals.standing("tenth").canary == row
+    Promotions(unguarded.store, approvals, trust).settle("tenth")
+    end = approvals.history("tenth")[-1]
     assert (end["canary"], end["who"], end["why"]) == ({"share": 0, "automatic": True}, "tidegate", "slow")
-    assert approvals.standing("managed").canary is None
-    assert canary_of(unguarded, "managed", two)[1] == end
-    Promotions(unguarded.store, approvals, trust).settle("managed")
-    assert approvals.history("managed")[-1] == end, "once"
+    assert approvals.standing("tenth").canary is None
+    assert canary_of(unguarded, "tenth", two)[1] == end
+    Promotions(unguarded.store, approvals, trust).settle("tenth")
+    assert approvals.history("tenth")[-1] == end, "once"
 
 
 def test_a_canary_that_a_crash_kept_from_the_version_is_shown_by_the_next_decision(unguarded):
     approvals = Approvals(f"sqlite:///{unguarded.root / 'approvals.db'}", unguarded.key("approvals"))
     trust = Trust.from_dir(unguarded.root / "keys")
-    two, _ = unguarded.candidate("crashed")
-    row = unguarded.store.canary("crashed", two, TENTH, why="", who="ada", approvals=approvals, trust=trust)
-    unguarded.store.set_tag("crashed", two, "tidegate.canary", "")
-    Promotions(unguarded.store, approvals, trust).settle("crashed")
-    assert canary_of(unguarded, "crashed", two)[1] == row
+    two, _ = unguarded.candidate("unshown")
+    row = unguarded.store.canary("unshown", two, TENTH, why="", who="ada", approvals=approvals, trust=trust)
+    unguarded.store.set_tag("unshown", two, "tidegate.canary", "")
+    Promotions(unguarded.store, approvals, trust).settle("unshown")
+    assert canary_of(unguarded, "unshown", two)[1] == row
