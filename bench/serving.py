@@ -16,7 +16,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -53,7 +52,6 @@ from tests.serving.registry import MODEL, Registry, trusted  # noqa: E402
 from tests.serving.vllm_server import KEY as VLLM_KEY  # noqa: E402
 from tests.serving.vllm_server import python, vllm_server  # noqa: E402
 from tests.tiny import tiny_base  # noqa: E402
-from tidegate.scheduler import ROUND_NICE  # noqa: E402
 from tidegate.serve import engine_threads  # noqa: E402
 
 DRIVER = ROOT / "bench" / "drivers" / "openloop.py"
@@ -68,8 +66,7 @@ SAMPLES = ROOT / "workspace" / "bench-serving.json"
 SWAPS = 20
 ROUTER_PAIRS = 3
 WARM_S = 2.0
-PARTS = ("throughput", "swaps", "beside", "router")
-BESIDE_PAIRS = 8
+PARTS = ("throughput", "swaps", "router")
 THREADS = engine_threads(2)  # as the server, by the default of `service.threads`
 PROMPTS = (
     "where is my new card",
@@ -289,53 +286,6 @@ def swaps(
     return sampled(rows, windows, said) | {"load_s": load_s, "saturation_per_s": [most], "asked_per_s": [rate]}
 
 
-def beside_a_round(base: Base, adapters: dict[int, Path], size: Size, threads: int, folder: Path) -> dict[str, float]:
-    """p99 while steps of private training run on the same cores, against p99 while they do not, by their priority."""
-    registry = Registry(SigningKey.load_or_create(folder / "approvals.pem"), dict(adapters))
-    source = {"wanted": registry.wanted, "fetch": registry.fetch, "acknowledge": registry.acknowledge}
-    found = {}
-    with ExitStack() as open_parts:
-        engine = open_parts.enter_context(in_process(base, folder, threads))
-        swap = HotSwap(MODEL, engine, cache=folder / "cache", trusted=trusted(registry.signer), **source)
-        registry.promote(1)
-        url = open_parts.enter_context(running([swap], answer_key=KEY))
-        while not (swap.current and swap.current.version == 1):
-            time.sleep(0.01)
-        rate = SHARE_OF_SATURATION * saturation(url, size, folder)
-        few = replace(size, swaps=BESIDE_PAIRS, requests=size.requests * BESIDE_PAIRS // SWAPS)
-        for nice in (ROUND_NICE, 0):
-            child = open_parts.enter_context(training(base, nice))
-            due, windows = planned(rate, few, nice)
-            with driven({"url": url, "bodies": bodies(size), "due_s": due}, folder) as rows:
-                for window in windows:
-                    time.sleep(max(0.0, window.begin_s - time.monotonic()))
-                    child.send_signal(signal.SIGSTOP if window.click_s is None else signal.SIGCONT)
-            child.kill()
-            found[f"p99_beside_round_nice_{nice}"] = p99_ratio(pairs_of(rows, windows))
-    return found
-
-
-@contextmanager
-def training(base: Base, nice: int) -> Iterator[subprocess.Popen[str]]:
-    """A process that takes one private step after another, stopped until it gets SIGCONT."""
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "bench.peers.steps"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    child = subprocess.Popen(command, cwd=ROOT, env=environ, preexec_fn=lambda: os.nice(nice), **pipes)  # noqa: PLW1509
-    try:
-        renderer = Renderer(load_tokenizer(base), "")
-        examples = [renderer.example(prompt, label) for prompt, label in zip(PROMPTS, LABELS, strict=True)] * 8
-        order = {"way": "private", "base": str(base.path), "layers": 1, "examples": examples, "batch": len(examples)}
-        child.stdin.write(json.dumps(order) + "\n" + "step\n" * 1000)
-        child.stdin.flush()
-        child.stdout.readline()  # it is ready
-        child.send_signal(signal.SIGSTOP)
-        yield child
-    finally:
-        child.kill()
-        child.wait()
-
-
 def through_router(
     name: str, base: Base, adapters: dict[int, Path], size: Size, threads: int, folder: Path
 ) -> dict[str, Any]:
@@ -494,8 +444,6 @@ def measure(engine: str, name: str, base: Base, options: argparse.Namespace, fol
         SAMPLES.parent.mkdir(exist_ok=True)
         SAMPLES.write_text(json.dumps(known | {f"{engine} {name}": samples}))
         figures |= judged(samples)
-    if "beside" in parts and engine == "inprocess":
-        figures |= beside_a_round(base, adapters, size, options.threads, folder / name)
     if "router" in parts and engine == "vllm":
         figures |= through_router(engine, base, adapters, size, options.threads, folder / name / "router")
     return figures
