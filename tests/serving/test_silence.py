@@ -13,8 +13,11 @@ import httpx
 import pytest
 import structlog
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from starlette.routing import Route
 
+from serving.gate import guarded
 from serving.inprocess import InProcessEngine
+from serving.server import running
 from serving.traces import Traces
 from serving.transcript import WAITING_MAX, Transcript
 from tests.serving.desk import served
@@ -92,6 +95,50 @@ def logged(capsys, caplog):
 
 def attributes(span):
     return {a.key: a.value.string_value or a.value.int_value or a.value.array_value for a in span.attributes}
+
+
+def ask_in_every_way(url):
+    """Right and wrong requests that carry the canary wherever a client can write."""
+    chat = f"{url}/v1/chat/completions"
+    said = [{"role": "user", "content": f"my word is {CANARY}"}]
+    right = {"model": MODEL, "messages": said, "max_tokens": 3, "user": CANARY}
+    bodies = (
+        right,
+        {**right, "stream": True, "stream_options": {"include_usage": True}},
+        {**right, "model": CANARY},
+        {**right, "temperature": CANARY},
+        {**right, CANARY: 1},
+        {**right, "messages": [{"role": CANARY, "content": CANARY}]},
+        {**right, "messages": [{"role": "user", "content": CANARY * 2000}]},
+        {**right, "stop": [CANARY], "metadata": {CANARY: CANARY}, "logprobs": True},
+    )
+    statuses = [httpx.post(chat, json=body, timeout=60).status_code for body in bodies]
+    statuses.append(httpx.post(chat, content=f'{{"{CANARY}": '.encode(), timeout=60).status_code)
+    statuses.append(
+        httpx.post(f"{url}/v1/completions", json={"model": MODEL, "prompt": CANARY, "max_tokens": 3}).status_code
+    )
+    statuses.append(httpx.request("POST", f"{url}/v1/{CANARY}?{CANARY}", headers={"x-request-id": CANARY}).status_code)
+    statuses.append(httpx.request(CANARY, f"{url}/v1/models/{CANARY}").status_code)
+    statuses.append(httpx.get(f"{url}/v1/models/{CANARY}").status_code)
+    return statuses
+
+
+def test_what_a_client_writes_into_a_wrong_request_is_in_no_log_no_metric_and_no_span(collector, logged):
+    async def defect(request):
+        raise RuntimeError(f"cannot make sense of {await request.body()}")
+
+    traces = Traces(collector.url)
+    routes = [Route("/defect", guarded(defect, "answer"), methods=["POST"])]
+    with running([], answer_key=b"k" * 32, traces=traces, routes=routes) as url:
+        assert ask_in_every_way(url) == [404, 404, 404, 400, 400, 400, 404, 404, 400, 404, 404, 405, 404]
+        assert httpx.post(f"{url}/defect", content=CANARY).status_code == 500
+        page = httpx.get(f"{url}/metrics").text
+    traces.close()
+    heard = logged()
+    assert "request failed" in heard and "RuntimeError" in heard and "defect" in heard
+    assert len(collector.spans) == 15
+    for place in (heard, page, *(raw.decode("latin-1") for raw in collector.raw)):
+        assert CANARY not in place
 
 
 def test_a_span_says_what_answered_how_long_and_how_much(tiny, adapters, tmp_path, collector):
