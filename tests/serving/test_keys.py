@@ -35,6 +35,8 @@ ROUTES = {
     ("HEAD", "/"): {"read"},
     ("GET", "/tidegate/console/events"): {"read"},
     ("HEAD", "/tidegate/console/events"): {"read"},
+    ("GET", "/tidegate/runbook/{kind}"): {"read"},
+    ("HEAD", "/tidegate/runbook/{kind}"): {"read"},
     ("GET", "/tidegate/console.js"): {"read"},
     ("HEAD", "/tidegate/console.js"): {"read"},
     ("POST", "/tidegate/logout"): {"read"},
@@ -144,7 +146,7 @@ def test_every_route_refuses_who_has_no_key_or_the_wrong_scope(address, keys, de
     for (method, path), scopes in ROUTES.items():
         shown = []
         for caller, headers in callers.items():
-            told = call(method, address + path.replace("{stream}", MODEL), headers)
+            told = call(method, address + path.format(stream=MODEL, kind="registry"), headers)
             check_call(method, path, caller, scopes, told)
             shown.append(told[0])
         lines.append(f"{method + ' ' + path:<32}" + "".join(f"{status:>11}" for status in shown))
