@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import structlog
@@ -49,9 +49,9 @@ class Alarms:
         return self._standing
 
     def settle(self, found: Iterable[Alarm]) -> None:
-        """Replace what is wrong by what was found; an alarm that goes on keeps its time and its first words."""
-        before = {alarm: alarm for alarm in self._standing}
-        now = {alarm: before.get(alarm, alarm) for alarm in found}
+        """Replace what is wrong by what was found; an alarm that goes on keeps its time, and says what is so now."""
+        before = {alarm: alarm.since for alarm in self._standing}
+        now = {alarm: replace(alarm, since=before.get(alarm, alarm.since)) for alarm in found}
         for alarm in now:
             if alarm not in before:
                 see = f"docs/runbook.md#{alarm.kind}"
