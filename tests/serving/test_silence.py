@@ -13,11 +13,8 @@ import httpx
 import pytest
 import structlog
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from starlette.routing import Route
 
-from serving.gate import guarded
 from serving.inprocess import InProcessEngine
-from serving.server import running
 from serving.traces import Traces
 from serving.transcript import WAITING_MAX, Transcript
 from tests.serving.desk import served
@@ -123,22 +120,31 @@ def ask_in_every_way(url):
     return statuses
 
 
-def test_what_a_client_writes_into_a_wrong_request_is_in_no_log_no_metric_and_no_span(collector, logged):
-    async def defect(request):
-        raise RuntimeError(f"cannot make sense of {await request.body()}")
-
+def test_a_canary_is_in_no_log_no_metric_and_no_span(tiny, adapters, tmp_path, collector, logged, monkeypatch):
     traces = Traces(collector.url)
-    routes = [Route("/defect", guarded(defect, "answer"), methods=["POST"])]
-    with running([], answer_key=b"k" * 32, traces=traces, routes=routes) as url:
-        assert ask_in_every_way(url) == [404, 404, 404, 400, 400, 400, 404, 404, 400, 404, 404, 405, 404]
-        assert httpx.post(f"{url}/defect", content=CANARY).status_code == 500
+    with (
+        InProcessEngine(tiny, context_max=512) as engine,
+        served(engine, adapters["upper"], tmp_path, traces=traces) as url,
+    ):
+        assert ask_in_every_way(url) == [200, 200, 404, 400, 400, 400, 400, 200, 400, 200, 404, 405, 404]
+
+        def defect(text):
+            raise RuntimeError(f"cannot make sense of {text}")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(engine, "text_ids", defect)
+            asked = {"model": MODEL, "prompt": CANARY}
+            assert httpx.post(f"{url}/v1/completions", json=asked).status_code == 500
         page = httpx.get(f"{url}/metrics").text
+        state = httpx.get(f"{url}/tidegate/state").text
     traces.close()
     heard = logged()
     assert "request failed" in heard and "RuntimeError" in heard and "defect" in heard
-    assert len(collector.spans) == 15
-    for place in (heard, page, *(raw.decode("latin-1") for raw in collector.raw)):
-        assert CANARY not in place
+    assert len(collector.spans) >= 16
+    for place in (heard, page, state, *collector.raw):
+        assert CANARY not in (place if isinstance(place, str) else place.decode("latin-1"))
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or CANARY.encode() not in file.read_bytes(), file
 
 
 def test_a_span_says_what_answered_how_long_and_how_much(tiny, adapters, tmp_path, collector):
