@@ -24,7 +24,10 @@ Every message is one line: name, value, bound, way out. It never holds a prompt 
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
+
+_FRAMES_SHOWN = 6
 
 
 class ServingError(Exception):
@@ -137,3 +140,9 @@ class TooFast(ServingError):
         self.kind = kind
         self.retry_after_s = retry_after_s
         self.headers = dict(headers or {})
+
+
+def places(error: BaseException) -> list[str]:
+    """The innermost places a defect went through: what a log may say of it, since its message could repeat a prompt."""
+    frames = traceback.extract_tb(error.__traceback__)[-_FRAMES_SHOWN:]
+    return [f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno} {frame.name}" for frame in frames]

@@ -10,7 +10,6 @@ import asyncio
 import functools
 import re
 import time
-import traceback
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
@@ -26,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import access, wire
 from serving.access import Access, Caller, is_loopback
-from serving.errors import RequestRefused, ServingError, Unauthorised
+from serving.errors import RequestRefused, ServingError, Unauthorised, places
 from serving.problems import error_response
 from serving.traces import Traces, end
 
@@ -39,7 +38,6 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}\Z")
 # A whole body over a slow line; whoever is slower only holds a connection.
 BODY_S_MAX = 30.0
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
-_FRAMES_SHOWN = 6
 
 log = structlog.get_logger()
 
@@ -205,7 +203,7 @@ def _answer_to(error: Exception, path: str, headers: Headers) -> Response:
         return RedirectResponse(f"{LOGIN}?refused" if _cookie(headers) else LOGIN, 303)
     if isinstance(error, ServingError):
         return error_response(error, browser="text/html" in headers.get("accept", ""))
-    log.error("request failed", path=path[:200], error=type(error).__name__, at=_places(error))
+    log.error("request failed", path=path[:200], error=type(error).__name__, at=places(error))
     return JSONResponse(wire.error_body("the server failed; its log says why", kind="server_error"), 500)
 
 
@@ -260,9 +258,3 @@ def _netloc(origin: str) -> str:
         return urlsplit(origin).netloc.lower()
     except ValueError:
         return ""
-
-
-def _places(error: BaseException) -> list[str]:
-    """The innermost places a defect went through; no message, no source line."""
-    frames = traceback.extract_tb(error.__traceback__)[-_FRAMES_SHOWN:]
-    return [f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno} {frame.name}" for frame in frames]

@@ -35,7 +35,7 @@ from learner.prompt import Renderer
 from serving.continuations import TokenRow, score
 from serving.decoding import Slots, choose, likelihoods
 from serving.engine import Finish, FinishReason, Likelihood, Piece, Sampling, Token
-from serving.errors import AnswerTimeout, EngineError, PromptTooLong, QueueFull, UnknownAdapter
+from serving.errors import AnswerTimeout, EngineError, PromptTooLong, QueueFull, UnknownAdapter, places
 from serving.forward import Decoder, Resident, resident_from
 from serving.scoring import Scored, Scorer
 from serving.text import TextStream, token_bytes
@@ -511,8 +511,8 @@ class InProcessEngine:
                 try:
                     self._join()
                     self._step()
-                except Exception as error:  # whatever it is, the server must go on
-                    log.exception("step failed", answers=len(self._active))
+                except Exception as error:  # noqa: BLE001 - whatever it is, the server must go on
+                    log.error("step failed", answers=len(self._active), error=type(error).__name__, at=places(error))  # noqa: TRY400
                     self._fail_all(EngineError(f"engine: a step failed ({type(error).__name__}); ask again"))
         self._fail_all(EngineError("engine: is closed; ask again"))
 
@@ -545,8 +545,8 @@ class InProcessEngine:
         first = len(self._active)
         try:
             logits = self._slots.add([w.prompt_ids for w in joining], [w.adapter for w in joining])
-        except Exception as error:  # whatever it is, those who are being answered must not suffer from it
-            log.exception("prompts failed", answers=len(joining))
+        except Exception as error:  # noqa: BLE001 - whatever it is, those who are being answered must not suffer from it
+            log.error("prompts failed", answers=len(joining), error=type(error).__name__, at=places(error))  # noqa: TRY400
             for writing in joining:
                 writing.sink(EngineError(f"engine: a prompt failed ({type(error).__name__}); ask again"))
             return

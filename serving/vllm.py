@@ -37,7 +37,7 @@ from learner.errors import LearnerError
 from learner.layout import base_shapes, module_name, weight_name
 from learner.prompt import Renderer
 from serving.engine import Finish, FinishReason, Likelihood, Piece, Sampling, Token
-from serving.errors import AnswerTimeout, EngineDown, EngineError, PromptTooLong, QueueFull, UnknownAdapter
+from serving.errors import AnswerTimeout, EngineDown, EngineError, PromptTooLong, QueueFull, UnknownAdapter, places
 from serving.text import TextStream, token_bytes
 
 T = TypeVar("T")
@@ -527,8 +527,8 @@ class _Writing:
         except asyncio.CancelledError:
             self._sink(EngineError("engine: is closed; ask again"))
             raise
-        except Exception as error:  # what vLLM says is not ours to guarantee
-            log.exception("answer failed")
+        except Exception as error:  # noqa: BLE001 - what vLLM says is not ours to guarantee
+            log.error("answer failed", error=type(error).__name__, at=places(error))  # noqa: TRY400
             self._sink(EngineError(f"vllm={self._engine.url}: is not understood ({type(error).__name__})"))
 
     async def _write(self) -> None:

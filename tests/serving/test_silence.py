@@ -135,11 +135,16 @@ def test_a_canary_is_in_no_log_no_metric_and_no_span(tiny, adapters, tmp_path, c
             broken.setattr(engine, "text_ids", defect)
             asked = {"model": MODEL, "prompt": CANARY}
             assert httpx.post(f"{url}/v1/completions", json=asked).status_code == 500
+        for part in ("add", "step"):
+            with monkeypatch.context() as broken:
+                broken.setattr(engine._slots, part, lambda *_: defect(CANARY))
+                assert httpx.post(f"{url}/v1/completions", json=asked).status_code == 500
         page = httpx.get(f"{url}/metrics").text
         state = httpx.get(f"{url}/tidegate/state").text
     traces.close()
     heard = logged()
     assert "request failed" in heard and "RuntimeError" in heard and "defect" in heard
+    assert "prompts failed" in heard and "step failed" in heard
     assert len(collector.spans) >= 16
     for place in (heard, page, state, *collector.raw):
         assert CANARY not in (place if isinstance(place, str) else place.decode("latin-1"))
