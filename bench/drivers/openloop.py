@@ -7,8 +7,9 @@ Latency counts from the moment a request was due, not from when it was sent: a s
 
 PLAN.json: {"url": ..., "bodies": [...], "due_s": [[seconds of the clock, number of a body], ...]}, or instead of
 "due_s" {"clients": N, "until_s": seconds of the clock} for N clients that ask without a pause.
-OUT.jsonl: a line an answer: {"due_s", "done_s", "body", "status", "version", "said"}; "version" is empty when the
-header and the body do not name the same one.
+OUT.jsonl: a line an answer: {"due_s", "first_s", "done_s", "body", "status", "version", "said"}; "first_s" is when its
+first text came, that of the whole where a body asks for no stream; "version" is empty when the header and every part
+of the body do not name the same one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -44,11 +46,11 @@ class Connections:
             self._requests.append(f"{head}content-length: {len(text)}\r\n\r\n".encode() + text)
         self._idle: list[tuple[float, asyncio.StreamReader, asyncio.StreamWriter]] = []
 
-    async def post(self, number: int) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body of the answer to one of the bodies.
+    async def post(self, number: int) -> tuple[int, str, list[tuple[float, Any]]]:
+        """Status, version by its header, and when each part of the body came, of the answer to one of the bodies.
 
         Raises:
-            OSError, asyncio.IncompleteReadError: the connection broke.
+            OSError, EOFError, ValueError: the connection broke, or what came is no answer.
         """
         while self._idle and time.monotonic() - self._idle[0][0] > IDLE_S:
             self._idle.pop(0)[2].close()
@@ -60,12 +62,34 @@ class Connections:
             writer.write(self._requests[number])
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
             headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])}
-            body = await reader.readexactly(int(headers["content-length"]))
+            if "content-length" in headers:
+                body = await reader.readexactly(int(headers["content-length"]))
+                parts = [(time.monotonic(), json.loads(body))]
+            else:
+                parts = [part async for part in events(reader)]
         except BaseException:
             writer.close()
             raise
         self._idle.append((time.monotonic(), reader, writer))
-        return int(head[0].split()[1]), headers, body
+        return int(head[0].split()[1]), headers.get("x-tidegate-version", ""), parts
+
+
+async def events(reader: asyncio.StreamReader) -> AsyncIterator[tuple[float, Any]]:
+    """Server-sent events out of a chunked body (RFC 9112, 7.1), each with the moment it came."""
+    ended = False
+    text = b""
+    while size := int(await reader.readuntil(b"\r\n"), 16):
+        text += (await reader.readexactly(size + 2))[:-2]
+        came_s = time.monotonic()
+        while b"\n\n" in text:
+            event, text = text.split(b"\n\n", 1)
+            data = event.removeprefix(b"data: ")
+            ended = data == b"[DONE]"
+            if not ended:
+                yield came_s, json.loads(data)
+    await reader.readexactly(2)
+    if not ended:
+        raise EOFError("stream without its end")
 
 
 async def ask(connections: Connections, due_s: float, number: int) -> dict[str, Any]:
@@ -73,16 +97,23 @@ async def ask(connections: Connections, due_s: float, number: int) -> dict[str, 
     await asyncio.sleep(due_s - time.monotonic())
     row: dict[str, Any] = {"due_s": due_s, "body": number, "status": 0, "version": "", "said": ""}
     try:
-        row["status"], headers, body = await asyncio.wait_for(connections.post(number), TIMEOUT_S)
+        row["status"], version, parts = await asyncio.wait_for(connections.post(number), TIMEOUT_S)
         row["done_s"] = time.monotonic()
         if row["status"] == 200:
-            answer = json.loads(body)
-            row["said"] = answer["choices"][0]["message"]["content"]
-            if answer["tidegate"]["version"] == headers["x-tidegate-version"]:
-                row["version"] = answer["tidegate"]["version"]
+            texts = [(came_s, text_of(choice)) for came_s, part in parts for choice in part["choices"]]
+            row["said"] = "".join(text for _, text in texts)
+            row["first_s"] = next((came_s for came_s, text in texts if text), row["done_s"])
+            if all(part["tidegate"]["version"] == version for _, part in parts):
+                row["version"] = version
     except (OSError, EOFError, TimeoutError, LookupError, ValueError) as error:
-        row["error"] = repr(error)
+        row |= {"status": 0, "error": repr(error)}
     return {"done_s": time.monotonic(), **row}
+
+
+def text_of(choice: dict[str, Any]) -> str:
+    """What one choice says, in a whole answer or in a part of a streamed one."""
+    said = choice.get("message") or choice["delta"]
+    return said.get("content") or ""
 
 
 async def without_pause(connections: Connections, first: int, count: int, until_s: float) -> list[dict[str, Any]]:

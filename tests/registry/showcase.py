@@ -157,6 +157,8 @@ class Clicks:
         """Set a stage by MLflow's own menu and dialog."""
         self.ask(stage, why)
         self.page.get_by_role("button", name="OK", exact=True).click()
+        # A dialog that still fades out takes the next one with it.
+        expect(self.page.get_by_role("dialog")).to_have_count(0)
 
     def ask(self, stage, why):
         """The same up to the last click."""
