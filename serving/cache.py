@@ -67,9 +67,11 @@ class LocalCache:
         """
         return read_json(self._emergency)
 
-    def end_emergency(self) -> None:
-        """Remove the emergency approval: a later decision has overtaken it."""
-        self._emergency.unlink(missing_ok=True)
+    def end_emergency(self, seq: int) -> None:
+        """Remove the emergency approval of that number: a later decision has overtaken it. A newer one stays."""
+        with suppress(SwapError):
+            if (self.emergency() or {}).get("seq") == seq:
+                self._emergency.unlink(missing_ok=True)
 
     def canary(self) -> Mapping[str, Any] | None:
         """What was noted of canaries.

@@ -26,6 +26,7 @@ from serving.cache import LocalCache, write_emergency
 from serving.engine import Engine
 from serving.errors import Ambiguous, ApprovalRefused, NotReady, ServingError, SwapError, VersionElsewhere
 from serving.killswitch import KillSwitch
+from serving.question import NoAnswerYet, Question
 
 if TYPE_CHECKING:
     from serving.delivery import Delivery
@@ -34,6 +35,12 @@ __all__ = ["HotSwap", "Served", "Wanted", "write_emergency"]
 
 # What failed is tried again when the registry wants something else, and anyway after this long: it may be mended there.
 RETRY_SECONDS = 30.0
+# The registry is waited for so long at a time, so that one that hangs holds up no emergency; it is asked on meanwhile.
+ANSWER_SECONDS = 0.3
+# So long it may take to answer before that is an alarm.
+SILENT_SECONDS = 5.0
+# What was found wrong by the registry's last answer, and stays so until the next.
+_BY_REGISTRY = frozenset({"registry", "production", "ambiguous", "approval", "adapter"})
 # So long a version that was live can still be asked for by name: a router does until every replica has the new one.
 PIN_SECONDS = 60.0
 # At most so many of them: stages that flap must not fill the memory.
@@ -114,7 +121,8 @@ class HotSwap:
         self.delivery: Delivery | None = None  # what goes on beside the live version; started and stopped with it
         self._model = model or stream
         self._open_stream = open_stream
-        self._wanted, self._fetch, self._acknowledge = wanted, fetch, acknowledge
+        self._wanted = Question(wanted)
+        self._fetch, self._acknowledge = fetch, acknowledge
         self._trusted = trusted
         self._cache = LocalCache(cache, stream, replica)
         self.kill_switch = KillSwitch(cache, stream)
@@ -128,6 +136,8 @@ class HotSwap:
         self._swap_s = 0.0
         self._acknowledged = 0
         self._failed: tuple[Approval, Alarm, float] | None = None
+        self._restored = False
+        self._restore_at = 0.0  # when what was followed in the last run is tried again, by itself
         self._resident_bytes = resident_mb * 1e6
         self._residents: list[Served] = []  # last used last
         self._sizes: dict[str, int] = {}  # bytes of an adapter's files, by sha256
@@ -211,8 +221,12 @@ class HotSwap:
     # Life
 
     def start(self) -> None:
-        """Take up what the cache knows, then follow the registry on a thread of its own."""
-        self.restore()
+        """Take up what the cache knows, then follow the registry on a thread of its own.
+
+        Where the engine is not there yet, that thread takes it up: nobody who looks whether the server lives must wait.
+        """
+        if self.engine.healthy:
+            self.restore()
         self._thread.start()
         if self.delivery:
             self.delivery.start()
@@ -228,6 +242,8 @@ class HotSwap:
     def _run(self) -> None:
         while True:
             try:
+                if not self._restored:
+                    self.restore()
                 self.tick()
             except Exception:  # a defect here must not freeze the version for good
                 log.exception("swap failed", stream=self.stream)
@@ -236,6 +252,7 @@ class HotSwap:
 
     def restore(self) -> None:
         """Take up the version of the last run from the cache, so that a start needs no registry."""
+        self._restored = True
         try:
             signed = self._cache.live()
             if signed is None:
@@ -245,7 +262,19 @@ class HotSwap:
             self._become(approval)
             log.info("restored from cache", stream=self.stream, version=approval.version)
         except ServingError as error:
+            self._restore_at = time.monotonic() + self._retry_seconds
             self._alarms.settle([Alarm("cache", "", str(error))])
+
+    def _restore_late(self, found: list[Alarm]) -> None:
+        """Try again what could not be taken up at the start, as when the engine was away."""
+        if self._followed is None or time.monotonic() < self._restore_at:
+            found += [alarm for alarm in self._alarms.standing if alarm.kind == "cache"]
+            return
+        self._restore_at = time.monotonic() + self._retry_seconds
+        try:
+            self._become(self._followed)
+        except ServingError as error:
+            found.append(Alarm("cache", "", str(error)))
 
     # One round of following
 
@@ -257,43 +286,20 @@ class HotSwap:
             self._follow(approval, found)
         if self.kill_switch.on:
             found.append(Alarm("killed", "", self.kill_switch.sentence()))
+        if self._current is None:
+            self._restore_late(found)
         self._tell(found)
         self._evict()
-        if self._current is None:
-            found += [alarm for alarm in self._alarms.standing if alarm.kind == "cache"]
         self._alarms.settle(found)
 
     def _decide(self, found: list[Alarm]) -> Approval | None:
         """The approval to follow now: the latest of the registry's and the emergency's; None to stay as it is."""
         emergency = self._emergency(found)
-        wanted: Wanted | None = None
-        asked: Approval | None = None
-        try:
-            wanted = self._wanted()
-            if wanted is not None:
-                asked = check_wanted(wanted, self._trusted, self._model, open_stream=self._open_stream)
-            elif self._followed is None and emergency is None:
-                self._flip(self._base)
-            elif emergency is None:
-                found.append(
-                    Alarm(
-                        "production",
-                        "",
-                        f"model={self._model}: no version is in Production, 1 must be; {self._staying}",
-                    )
-                )
-        except Ambiguous as error:
-            found.append(Alarm("ambiguous", "", f"{error}; {self._staying}"))
-        except ApprovalRefused as error:
-            found.append(Alarm("approval", str(wanted and wanted.version), f"{error}; {self._staying}"))
-        except Exception as error:  # noqa: BLE001 - the caller's function: a registry that is down must not stop answers
-            found.append(
-                Alarm("registry", "", f"model={self._model}: no answer from the registry ({error}); {self._staying}")
-            )
+        asked = self._by_registry(found, alone=emergency is None)
         if emergency is None:
             return asked
         if asked is not None and asked.seq > emergency.seq:
-            self._cache.end_emergency()
+            self._cache.end_emergency(emergency.seq)
             return asked
         if asked is None or asked.version != emergency.version:
             message = (
@@ -302,6 +308,39 @@ class HotSwap:
             )
             found.append(Alarm("emergency", str(emergency.seq), message))
         return emergency
+
+    def _by_registry(self, found: list[Alarm], *, alone: bool) -> Approval | None:
+        """The approval of what the registry wants; None when it wants nothing, or what it says does not hold.
+
+        Args:
+            found: alarms, to be added to.
+            alone: whether it is the registry alone that says what is followed.
+        """
+        wanted: Wanted | None = None
+        try:
+            wanted = self._wanted.answer(ANSWER_SECONDS)
+            if wanted is not None:
+                return check_wanted(wanted, self._trusted, self._model, open_stream=self._open_stream)
+            if self._followed is None and alone:
+                self._flip(self._base)
+            elif alone:
+                message = f"model={self._model}: no version is in Production, 1 must be; {self._staying}"
+                found.append(Alarm("production", "", message))
+        except Ambiguous as error:
+            found.append(Alarm("ambiguous", "", f"{error}; {self._staying}"))
+        except ApprovalRefused as error:
+            found.append(Alarm("approval", str(wanted and wanted.version), f"{error}; {self._staying}"))
+        except NoAnswerYet as silence:
+            if silence.seconds > SILENT_SECONDS:
+                found.append(self._no_registry(silence))
+            else:
+                found += [alarm for alarm in self._alarms.standing if alarm.kind in _BY_REGISTRY]
+        except Exception as error:  # noqa: BLE001 - the caller's function: a registry that is down must not stop answers
+            found.append(self._no_registry(error))
+        return None
+
+    def _no_registry(self, why: Exception) -> Alarm:
+        return Alarm("registry", "", f"model={self._model}: no answer from the registry ({why}); {self._staying}")
 
     def _emergency(self, found: list[Alarm]) -> Approval | None:
         """The emergency approval, unless it is none, not ours, or overtaken."""
@@ -314,7 +353,7 @@ class HotSwap:
             found.append(Alarm("emergency", "", f"emergency approval: {error}"))
             return None
         if self._followed and approval.seq < self._followed.seq:
-            self._cache.end_emergency()
+            self._cache.end_emergency(approval.seq)
             return None
         return approval
 

@@ -11,11 +11,12 @@ import pytest
 import structlog
 
 from privacy.signing import SigningKey
-from serving.cache import write_emergency
-from serving.errors import Ambiguous, NotReady, VersionElsewhere
+from serving.cache import LocalCache, write_emergency
+from serving.errors import Ambiguous, EngineDown, NotReady, VersionElsewhere
 from serving.inprocess import InProcessEngine
 from serving.swap import HotSwap
 from tests.serving.adapters import random_adapter
+from tests.serving.fleet import wait_until
 from tests.serving.registry import MODEL, Registry, trusted
 
 PROMPT = ["where is my order"]
@@ -413,6 +414,69 @@ def test_a_start_with_the_registry_down_takes_the_cache(make, registry):
     again.stop()
     assert again.current.name == "desk@2"
     assert names(again) == ["registry"]
+
+
+def test_a_start_without_registry_and_engine_takes_the_cache_once_the_engine_is_there(
+    make, registry, core, monkeypatch
+):
+    swap = make()
+    registry.promote(2)
+    swap.tick()
+    registry.down = True
+    again = make()
+    with monkeypatch.context() as away:
+        away.setattr(type(core), "healthy", False)
+        away.setattr(type(core), "load", lambda *_: (_ for _ in ()).throw(EngineDown("engine: is away")))
+        again.start()
+        wait_until(lambda: "registry" in names(again))
+        assert again.current is None
+        assert names(again) == ["registry", "cache"]
+    try:
+        wait_until(lambda: again.current is not None)
+        assert again.current.name == "desk@2"
+        wait_until(lambda: names(again) == ["registry"])
+    finally:
+        again.stop()
+
+
+def test_a_registry_that_hangs_holds_up_no_emergency_and_is_caught_up_with(make, registry, tmp_path):
+    hanging, go_on = threading.Event(), threading.Event()
+
+    def wanted():
+        if hanging.is_set():
+            go_on.wait(60)
+        return registry.wanted()
+
+    swap = make(wanted=wanted, poll_seconds=0.02)
+    registry.promote(1)
+    swap.tick()
+    registry.promote(2)
+    swap.tick()
+    registry.tamper(approval={**registry.production.approval, "who": "mallory"})
+    swap.tick()
+    hanging.set()
+    swap.tick()
+    assert names(swap) == ["approval"], "no news: what was wrong stays"
+    began = time.monotonic()
+    write_emergency(tmp_path / "cache", MODEL, registry.approval(1, kind="emergency"))
+    swap.tick()
+    assert swap.current.name == "desk@1"
+    assert time.monotonic() - began < 1
+    wait_until(lambda: swap.tick() or "registry" in names(swap))
+    assert "none for" in str(swap.alarms)
+    registry.promote(3)
+    go_on.set()
+    wait_until(lambda: swap.tick() or swap.current.name == "desk@3")
+    assert names(swap) == []
+
+
+def test_an_emergency_that_is_over_takes_no_newer_one_with_it(tmp_path):
+    cache = LocalCache(tmp_path, MODEL)
+    write_emergency(tmp_path, MODEL, {"seq": 8})
+    cache.end_emergency(7)
+    assert cache.emergency() == {"seq": 8}
+    cache.end_emergency(8)
+    assert cache.emergency() is None
 
 
 def test_a_restart_does_not_forget_the_order_of_approvals(make, registry):
