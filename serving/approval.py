@@ -94,7 +94,7 @@ def read_canary(
             why=str(payload["why"]),
         )
         kind, of, guarantee = str(payload["kind"]), str(payload["model"]), str(payload.get("guarantee", ""))
-    except (PrivacyError, PromotionRefused, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (PrivacyError, PromotionRefused, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ApprovalRefused(f"model={model}: its canary is not valid ({error}); decide it again") from error
     if kind != CANARY or of != model:
         raise ApprovalRefused(f"model={model}: seq={canary.seq} is a {kind} of model {of!r}, no canary of this one")
@@ -134,7 +134,7 @@ def read_approval(
             guarantee=str(payload.get("guarantee", "")),
         )
         stage = payload["to"]
-    except (PrivacyError, ValueError, KeyError, TypeError) as error:
+    except (PrivacyError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ApprovalRefused(
             f"model={model}: its approval is not valid ({error}); approve the version again"
         ) from error

@@ -191,6 +191,8 @@ class Delivery:
         return object(), True, random.random() < running.terms.share  # noqa: S311 - no secret
 
     def _ended(self, trip: Trip, running: _Running | None) -> None:
+        if trip.away:
+            return
         if running is not None and trip.asked:
             running.watch.saw(
                 canary=trip.canary, unit=trip.unit, drawn=trip.drawn, ok=not trip.failed, seconds=trip.seconds
@@ -245,8 +247,12 @@ class Delivery:
         found: list[Alarm] = []
         versions = self.candidates.seen()
         if versions is not None:
-            self._follow(versions, found)
-            self._keep_shadow(found)
+            try:
+                self._follow(versions, found)
+                self._keep_shadow(found)
+            except Exception as error:  # a defect here must not keep a canary from being judged
+                log.exception("canary not followed", stream=self._swap.stream)
+                found.append(Alarm("canary", "", f"decisions cannot be followed ({type(error).__name__}); see the log"))
         running = self._running_now
         if running is not None and (why := running.watch.look()):
             self._step_back(running, why)

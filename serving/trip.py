@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from serving.engine import Answer, Engine, Finish, Piece, Sampling
-from serving.errors import EngineError, PromptTooLong, QueueFull
+from serving.errors import EngineDown, EngineError, PromptTooLong, QueueFull
 from serving.swap import Served
 
 
@@ -23,6 +23,7 @@ class Trip:
         drawn: whether a lot decided.
         seq: of the canary it may have gone to; 0 when none runs.
         watched: whether anybody wants to know; else answers are handed through as they are.
+        away: the process that computes was away, which says nothing of one version.
     """
 
     served: Served
@@ -33,6 +34,7 @@ class Trip:
     seq: int = 0
     watched: bool = False
     failed: bool = False
+    away: bool = False
     began_s: float = field(default_factory=time.monotonic)
     answers: list[Tapped] = field(default_factory=list)
 
@@ -44,11 +46,16 @@ class Trip:
             answer = await self.engine.submit(adapter, prompt_ids, sampling)
         except (QueueFull, PromptTooLong):  # nothing that tells one version from another
             raise
-        except EngineError:
-            self.failed = True
+        except EngineError as error:
+            self.fail(error)
             raise
         self.answers.append(Tapped(answer, self, prompt_ids, sampling))
         return self.answers[-1]
+
+    def fail(self, error: EngineError) -> None:
+        """One of its answers cannot be finished."""
+        self.failed = True
+        self.away |= isinstance(error, EngineDown)
 
     @property
     def asked(self) -> bool:
@@ -88,8 +95,8 @@ class Tapped:
                 else:
                     self.text += event.text
                 yield event
-        except EngineError:
-            self._trip.failed = True
+        except EngineError as error:
+            self._trip.fail(error)
             raise
 
     def cancel(self) -> None:

@@ -1,5 +1,6 @@
 """Canary and shadow on a real server with a real engine; the registry is a list of versions, signed as one signs."""
 
+import asyncio
 import json
 import shutil
 import time
@@ -13,7 +14,8 @@ from registry.errors import PromotionRefused
 from serving.candidates import Candidates
 from serving.comparing import FAILED_RUN, Rules
 from serving.delivery import Delivery
-from serving.errors import EngineError
+from serving.engine import Sampling
+from serving.errors import EngineDown, EngineError
 from serving.inprocess import InProcessEngine
 from serving.server import running
 from serving.shadow import Idle, Shadow
@@ -398,6 +400,35 @@ def test_a_step_back_that_the_registry_refuses_is_over_there_already(world):
     world.tick()
     world.tick()
     assert len(tries) == 1
+
+
+def test_an_engine_that_was_away_says_nothing_of_one_version(world, monkeypatch):
+    world.canary(0.5)
+    world.tick()
+
+    async def away(*_):
+        raise EngineDown("engine: is away")
+
+    monkeypatch.setattr(world.core, "submit", away)
+    for _ in range(3 * FAILED_RUN):
+        with world.delivery.admit("always") as trip, pytest.raises(EngineDown):
+            asyncio.run(trip.submit(trip.served.adapter, [1], Sampling(1)))
+    world.tick()
+    assert (world.told, world.kinds) == ([], [])
+    assert world.delivery.share == ("desk@2", 0.5)
+
+
+def test_a_canary_is_judged_whatever_another_version_s_tag_holds(world):
+    world.canary(0.5)
+    world.tick()
+    world.waiting.candidate(3)
+    world.waiting.change(3, canary="[" * 5000)
+    for _ in range(FAILED_RUN):
+        with world.delivery.admit("always") as trip:
+            trip.fail(EngineError("engine: is broken"))
+    world.tick()
+    assert [version for version, *_ in world.told] == [2]
+    assert set(world.kinds) == {"canary", "stepped_back"}
 
 
 def test_a_slow_canary_is_stepped_back_from_by_the_statistics(served, core):
