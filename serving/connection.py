@@ -7,8 +7,8 @@ import asyncio
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# Whole heads come in one packet; whoever needs longer only holds a connection.
-HEAD_S_MAX = 15.0
+from serving.bounds import HEAD_S_MAX
+
 # Of a request line with its headers; uvicorn's own default, held here so that it cannot change unseen.
 HEAD_BYTES_MAX = 64 * 1024
 

@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import access, wire
 from serving.access import Access, Caller, is_loopback
+from serving.bounds import BODY_S_MAX
 from serving.errors import RequestRefused, ServingError, Unauthorised, places
 from serving.problems import error_response
 from serving.traces import Traces, end
@@ -35,8 +36,6 @@ KEY_COOKIE = "tidegate_key"
 # Probes hold no fact but whether the server lives; whoever restarts it has no key. Neither has who logs in yet.
 OPEN = frozenset({"/healthz", "/readyz", LOGIN, "/tidegate/console.css", "/tidegate/console.svg"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}\Z")
-# A whole body over a slow line; whoever is slower only holds a connection.
-BODY_S_MAX = 30.0
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 
 log = structlog.get_logger()

@@ -14,12 +14,10 @@ from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from serving import wire
+from serving.bounds import STALLED_S_MAX
 from serving.engine import Answer, Finish, Piece, Token
 from serving.errors import EngineError
 from serving.swap import Served
-
-# A reader this slow reads no more: what the network holds is minutes of text already.
-STALLED_S_MAX = 60.0
 
 
 @dataclass
@@ -70,10 +68,14 @@ class Reply:
         """
         texts = [""] * len(self.answers)
         tokens: list[list[Token]] = [[] for _ in self.answers]
-        async for index, event in self._events():
-            if isinstance(event, Piece):
-                texts[index] += event.text
-                tokens[index] += event.tokens
+        try:
+            async for index, event in self._events():
+                if isinstance(event, Piece):
+                    texts[index] += event.text
+                    tokens[index] += event.tokens
+        except EngineError:
+            self.failed = True
+            raise
         make = wire.chat_choice if self.chat else wire.text_choice
         choices = [
             make(index, text, self.finishes[index].reason, self._logprobs(tokens[index], 0))

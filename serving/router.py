@@ -27,6 +27,7 @@ from multidict import CIMultiDict
 
 from serving import wire
 from serving.alarms import Alarm, Alarms
+from serving.bounds import BODY_S_MAX, STALLED_S_MAX
 from serving.cache import read_json, write_json
 from serving.errors import SwapError
 from serving.replicas import (
@@ -317,7 +318,14 @@ class Router:
         if request.method == "GET" and request.path in own:
             return own[request.path]()  # type: ignore[return-value]
         try:
-            body = await request.read()
+            async with asyncio.timeout(BODY_S_MAX):
+                body = await request.read()
+        except TimeoutError:
+            late = _refusal(
+                408, f"body: must be there within {BODY_S_MAX:.0f} s; send it at once", "invalid_request_error"
+            )
+            late.force_close()
+            return late
         except web.HTTPRequestEntityTooLarge:
             return _refusal(
                 413, f"body: must be <= {BODY_BYTES_MAX} bytes; shorten the prompt", "invalid_request_error"
@@ -495,12 +503,16 @@ class Router:
         """Pass a stream on, byte for byte. Where it breaks off, the connection does: the client must see it."""
         response = web.StreamResponse(status=upstream.status, headers=_kept(upstream.headers))
         await response.prepare(request)
-        await response.write(first)
         watching = {request.transport} if request.method == "GET" and request.transport else set()
         self._watching |= watching
         try:
+            await _written(response, first)
             async for chunk in upstream.content.iter_any():
-                await response.write(chunk)
+                await _written(response, chunk)
+        except TimeoutError:  # a reader that reads no more holds no version for ever
+            if request.transport:
+                request.transport.abort()
+            raise ConnectionResetError from None
         except aiohttp.ClientError as error:
             self.metrics.broken.labels(replica.url).inc()
             replica.look.set()
@@ -530,6 +542,16 @@ class Router:
             replica.errors = 0
             replica.out_until_s = now_s + EJECT_S
             log.warning("replica is out", replica=replica.url, reason=f"{ERRORS_MAX} answers in a row failed")
+
+
+async def _written(response: web.StreamResponse, chunk: bytes) -> None:
+    """Hand a part of a stream on.
+
+    Raises:
+        TimeoutError: whoever asked has not read for long.
+    """
+    async with asyncio.timeout(STALLED_S_MAX):
+        await response.write(chunk)
 
 
 def _canary_of(states: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

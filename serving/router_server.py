@@ -12,12 +12,15 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import structlog
 from aiohttp import web
 
+from serving.bounds import HEAD_S_MAX
 from serving.errors import ServingError
 from serving.router import BODY_BYTES_MAX, Router
 from serving.server import GRACE_S, START_S, bound
 
 # Behind one address may stand hundreds of clients.
 BACKLOG = 1024
+# So long the rest of a refused body is read, so that whoever sends it gets to read why.
+LINGER_S = 2.0
 
 log = structlog.get_logger()
 
@@ -93,7 +96,13 @@ async def _listening(router: Router, listener: socket.socket) -> AsyncIterator[N
     await router.start()
     # A client that hangs up cancels its handler, and so the request to the replica.
     server = web.Server(
-        router.handle, access_log=None, handler_cancellation=True, request_factory=_request, max_field_size=16_384
+        router.handle,
+        access_log=None,
+        handler_cancellation=True,
+        request_factory=_request,
+        max_field_size=16_384,
+        keepalive_timeout=HEAD_S_MAX,  # it closes while no whole head has come
+        lingering_time=LINGER_S,
     )
     runner = web.ServerRunner(server, shutdown_timeout=GRACE_S)
     try:

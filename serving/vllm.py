@@ -79,6 +79,7 @@ class _Resident:
         self.path = path
         self.answering = 0
         self.leaving = False
+        self.lost = False  # vLLM has forgotten it, and cannot load it again
 
 
 class VllmAnswer:
@@ -318,6 +319,8 @@ class VllmEngine:
             raise self._down()
         with self._lock:
             resident = self._resident(adapter)
+            if resident.lost:
+                raise EngineDown(f"adapter={adapter}: vLLM has lost it and cannot load it again; see its log")
             if self._asked >= self._batch_max + self._queue_max:
                 waits_s = math.ceil(self._queue_max / self._batch_max * self._answer_s)
                 raise QueueFull(
@@ -435,7 +438,22 @@ class VllmEngine:
             self._cleaned = True
         for resident in (self._bare, *self._residents.values()):
             if resident.lora not in names:
-                await self._load(resident)
+                await self._load_again(resident)
+
+    async def _load_again(self, resident: _Resident) -> None:
+        """What is lost is lost for those who ask for it alone; everything needs the adapter that adds nothing."""
+        try:
+            await self._load(resident)
+        except EngineDown:
+            raise
+        except EngineError as error:
+            if resident is self._bare:
+                raise
+            if not resident.lost:
+                log.error("adapter lost", adapter=resident.lora, reason=str(error))  # noqa: TRY400 - no defect of ours
+            resident.lost = True
+        else:
+            resident.lost = False
 
     async def _load_when_well(self, resident: _Resident) -> None:
         try:
@@ -513,6 +531,8 @@ class _Writing:
         try:
             async with asyncio.timeout(self._sampling.timeout_s):
                 await self._write()
+        except aiohttp.ServerTimeoutError as error:  # of the connection, not of the answer
+            self._sink(EngineDown(f"vllm={self._engine.url}: {error or type(error).__name__}; ask again"))
         except TimeoutError:
             self._sink(
                 AnswerTimeout(

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 
 from serving.access import SCOPES, Access, add_key, local_key, revoke_key
 from serving.api import create_app
+from serving.decoding import Slots
 from serving.errors import ServingError
 from serving.gate import check_classified, classified
 from serving.inprocess import InProcessEngine
@@ -268,6 +269,16 @@ def test_tokens_are_taken_when_asked_and_given_back_when_not_used(address, clien
             break
     else:
         pytest.fail("ten times thirty tokens fit into 120 a minute")
+
+
+def test_an_answer_that_failed_costs_no_tokens(address, file, monkeypatch):
+    key, _ = add_key(file, "failing", scopes=["answer"], tokens_per_minute=4000)
+    with monkeypatch.context() as broken:
+        broken.setattr(Slots, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("step")))
+        for stream in (False, True):
+            answer = post(address, key, max_tokens=100, n=8, stream=stream)
+            assert answer.status_code == (200 if stream else 500)
+    assert int(post(address, key, max_tokens=1).headers["x-ratelimit-remaining-tokens"]) > 3900
 
 
 def test_what_was_refused_costs_no_tokens(address, file):

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import socket
 import threading
+import time
 from contextlib import ExitStack, contextmanager
 
 import httpx
@@ -192,3 +194,39 @@ def test_a_replica_that_is_not_well_gets_nothing_until_it_is(two):
     assert len(one.asked) == before
     one.well = True
     wait_until(lambda: ask(url) and len(one.asked) > before)
+
+
+def said_to(url, sent, seconds=10):
+    """Everything that comes back until the connection ends."""
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=seconds) as client:
+        client.sendall(sent)
+        return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+def test_who_sends_no_whole_head_or_body_holds_no_connection(tmp_path, monkeypatch):
+    monkeypatch.setattr("serving.router_server.HEAD_S_MAX", 0.5)
+    monkeypatch.setattr("serving.router.BODY_S_MAX", 0.5)
+    make = lambda: Router([], KEY, acknowledge=lambda *_: None, kept=tmp_path / "router.json")  # noqa: E731
+    with routing(make) as url:
+        assert said_to(url, b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n") == b""
+        late = said_to(url, b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 50\r\n\r\n{", 30)
+        assert late.startswith(b"HTTP/1.1 408 ")
+        assert b"must be there within" in late
+
+
+def test_a_reader_that_reads_no_more_is_hung_up_on(two, monkeypatch):
+    monkeypatch.setattr("serving.router.STALLED_S_MAX", 0.5)
+    first, second, url = two
+    head = b"HTTP/1.1 200 X\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+    first.answer = second.answer = [head, *[chunked(b"data: " + b"x" * (1 << 20) + b"\n\n")] * 64]
+    asked = json.dumps({**BODY, "stream": True}).encode()
+    request = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(asked)}\r\n\r\n".encode() + asked
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20) as client:
+        client.sendall(request)
+        client.recv(16)
+        time.sleep(3)
+        with pytest.raises(ConnectionError):
+            while client.recv(1 << 20):
+                pass
+            raise ConnectionError
+    wait_until(lambda: httpx.get(f"{url}/tidegate/state", timeout=20).status_code)

@@ -2,9 +2,12 @@
 
 import asyncio
 import shutil
+import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 
+import httpx
 import pytest
 import torch
 from safetensors import safe_open
@@ -25,6 +28,7 @@ from tests.serving.adapters import drawn, random_adapter
 from tests.serving.conftest import ALL, NARROW
 from tests.serving.fleet import wait_until
 from tests.serving.registry import MODEL, Registry, trusted
+from tests.serving.test_delivery import World
 from tests.serving.test_router import Clients, assert_one_text_each
 from tests.serving.vllm_server import KEY, python, vllm_server
 from tests.tiny import tiny_base
@@ -259,6 +263,32 @@ def test_swaps_under_load_lose_and_mix_no_answer_and_leave_nothing_behind(engine
     assert registry.acknowledged == order[1:]
 
 
+def test_a_canary_gets_its_share_in_the_same_batches_and_becomes_live(engine, small, tmp_path):
+    for version in (1, 2, 3):
+        random_adapter(small, tmp_path / "originals" / str(version), version)
+    world = World(engine, tmp_path / "originals", tmp_path / "world")
+    asked = {"model": MODEL, "max_tokens": 8, "temperature": 0, "messages": [{"role": "user", "content": "hi"}]}
+    with running([world.swap], answer_key=b"k" * 32) as url, httpx.Client(base_url=url, timeout=60) as client:
+
+        def ask(header):
+            answer = client.post("/v1/chat/completions", json=asked, headers={"x-tidegate-canary": header})
+            assert answer.status_code == 200, answer.text
+            return answer.headers["x-tidegate-version"], answer.json()["choices"][0]["message"]["content"]
+
+        wait_until(lambda: world.swap.current is not None)
+        world.canary(0.5)
+        wait_until(lambda: world.delivery.share)
+        with ThreadPoolExecutor(8) as clients:
+            seen = set(clients.map(ask, ("always", "never") * 12))
+        said = dict(seen)
+        assert seen == {("desk@1", said["desk@1"]), ("desk@2", said["desk@2"])}
+        assert said["desk@1"] != said["desk@2"]
+        world.registry.promote(2)
+        wait_until(lambda: world.swap.current.name == "desk@2")
+        assert ask("never") == ("desk@2", said["desk@2"])
+        assert world.kinds == []
+
+
 def test_killed_and_started_again_it_has_everything_before_anybody_is_answered(engine, server, folders):
     engine.load("kept", folders["all"])
     before = asyncio.run(said(engine, "kept", PROMPTS[0]))
@@ -282,6 +312,36 @@ def test_killed_and_started_again_it_has_everything_before_anybody_is_answered(e
     after = asyncio.run(said(engine, "kept", PROMPTS[0]))
     assert after[1:] == before[1:]
     engine.unload("kept")
+
+
+def test_an_adapter_whose_files_are_gone_takes_no_other_with_it(engine, server, folders, tmp_path):
+    shutil.copytree(folders["all"], tmp_path / "gone")
+    engine.load("gone", tmp_path / "gone")
+    engine.load("kept", folders["upper"])
+    shutil.rmtree(tmp_path / "gone")
+    server.kill()
+    wait_until(lambda: not engine.healthy, seconds=10)
+    server.start()
+    wait_until(lambda: engine.healthy)
+    assert asyncio.run(said(engine, "kept", "hi"))[2].completion_tokens
+    with pytest.raises(EngineDown, match="has lost it"):
+        asyncio.run(said(engine, "gone", "hi"))
+    for name in ("gone", "kept"):
+        engine.unload(name)
+
+
+def test_a_connection_that_does_not_come_about_is_no_slow_answer(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("serving.vllm.LOOK_TIMEOUT_S", 0.5)
+    with socket.socket() as full, socket.socket() as first, socket.socket() as second:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for waiting in (first, second):  # nobody accepts them, and no third is let in
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        with VllmEngine(small, f"http://127.0.0.1:{full.getsockname()[1]}", tmp_path) as engine:
+            monkeypatch.setattr(VllmEngine, "healthy", True)
+            with pytest.raises(EngineDown):
+                asyncio.run(said(engine, None, "hi", timeout_s=30.0))
 
 
 def test_what_an_earlier_process_left_is_unloaded(engine, server, small, folders, tmp_path):
