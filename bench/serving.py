@@ -5,7 +5,7 @@
 OpenMP thread burns CPU time that no answer asked for. Latencies are wall time over HTTP from a process of its own, at
 70% of the rate at which the server saturates, by a plan of Poisson arrivals. Windows with a swap and without take
 turns; the two of a pair have the same arrivals and questions. Each version is new to the server: it is fetched,
-checked, loaded and probed.
+checked, loaded and probed. In the same way windows beside a round take turns with windows without one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -55,6 +56,7 @@ from tests.tiny import tiny_base  # noqa: E402
 from tidegate.serve import engine_threads  # noqa: E402
 
 DRIVER = ROOT / "bench" / "drivers" / "openloop.py"
+ROUNDS = ROOT / "bench" / "drivers" / "rounds.py"
 RESULTS = ROOT / "bench" / "results" / "serving.json"
 BATCH = 16
 OK = 200
@@ -66,7 +68,7 @@ SAMPLES = ROOT / "workspace" / "bench-serving.json"
 SWAPS = 20
 ROUTER_PAIRS = 3
 WARM_S = 2.0
-PARTS = ("throughput", "swaps", "router")
+PARTS = ("throughput", "swaps", "round", "router")
 THREADS = engine_threads(2)  # as the server, by the default of `service.threads`
 PROMPTS = (
     "where is my new card",
@@ -261,19 +263,11 @@ def swaps(
     name: str, base: Base, adapters: dict[int, Path], size: Size, threads: int, seed: int, folder: Path
 ) -> dict[str, Any]:
     """Answers over HTTP while versions change, and while they do not, in turns."""
-    registry = Registry(SigningKey.load_or_create(folder / "approvals.pem"), dict(adapters))
-    source = {"wanted": registry.wanted, "fetch": registry.fetch, "acknowledge": registry.acknowledge}
-    with ExitStack() as open_parts:
-        engine = open_parts.enter_context(ENGINES[name](base, folder / name, threads))
-        swap = HotSwap(MODEL, engine, cache=folder / "cache", trusted=trusted(registry.signer), **source)
-        registry.promote(1)
-        url = open_parts.enter_context(running([swap], answer_key=os.urandom(32)))
-        while not (swap.current and swap.current.version == 1):
-            time.sleep(0.01)
-        rate = SHARE_OF_SATURATION * (most := saturation(url, size, folder))
+    with served(name, base, adapters, threads, folder) as (server, engine, swap, registry):
+        rate = SHARE_OF_SATURATION * (most := saturation(server, size, folder))
         due, windows = planned(rate, size, seed)
-        load_s = []
-        with driven({"url": url, "bodies": bodies(size), "due_s": due}, folder) as rows:
+        load_s, flipped_s = [], []
+        with driven({"url": server, "bodies": bodies(size), "due_s": due}, folder) as rows:
             version = 1
             for window in windows:
                 if window.click_s is not None:
@@ -282,27 +276,78 @@ def swaps(
                     registry.promote(version)
                     while swap.current.version != version:
                         time.sleep(0.002)
+                    flipped_s.append(time.monotonic())
                     load_s.append(swap.state()["swap_s"])
         if swap.alarms:
             raise RuntimeError(f"swaps: alarms {swap.alarms}, must be none")
         said = expected(engine, adapters, size)
-    return sampled(rows, windows, said) | {"load_s": load_s, "saturation_per_s": [most], "asked_per_s": [rate]}
+    return sampled(rows, windows, said, flipped_s) | {
+        "load_s": load_s,
+        "saturation_per_s": [most],
+        "asked_per_s": [rate],
+    }
+
+
+def beside_round(
+    name: str, base: Base, adapters: dict[int, Path], size: Size, threads: int, folder: Path
+) -> dict[str, float]:
+    """Answers over HTTP while a round takes private steps on the same machine, and while none does, in turns."""
+    with ExitStack() as open_parts:
+        server, *_ = open_parts.enter_context(served(name, base, adapters, threads, folder))
+        rate = SHARE_OF_SATURATION * saturation(server, size, folder)
+        command = [sys.executable, str(ROUNDS), str(base.path)]
+        rounds = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+        open_parts.callback(rounds.wait)
+        open_parts.callback(rounds.kill)
+        assert rounds.stdout
+        for _ in range(2):
+            if not rounds.stdout.readline():
+                raise RuntimeError(f"{ROUNDS.name}: exit code {rounds.wait()}, must run on")
+        rounds.send_signal(signal.SIGSTOP)
+        cpu = psutil.Process(rounds.pid)
+        begun_s = sum(cpu.cpu_times()[:2])
+        due, windows = planned(rate, size, 0)
+        with driven({"url": server, "bodies": bodies(size), "due_s": due}, folder) as rows:
+            for window in windows:
+                time.sleep(max(0.0, window.begin_s - time.monotonic()))
+                if window.click_s is not None:
+                    rounds.send_signal(signal.SIGCONT)
+                    time.sleep(max(0.0, window.end_s - time.monotonic()))
+                    rounds.send_signal(signal.SIGSTOP)
+        spent_s = sum(cpu.cpu_times()[:2]) - begun_s
+    if any(row["status"] != OK for row in rows):
+        raise RuntimeError("beside a round: an answer failed, none may")
+    took = pairs_of(rows, windows)
+    return {
+        "round_p99_ratio": p99_ratio(took),
+        "round_p99_ratio_se": p99_ratio_se(took),
+        "round_cores": spent_s / sum(window.end_s - window.begin_s for window in windows if window.click_s is not None),
+    }
+
+
+@contextmanager
+def served(
+    name: str, base: Base, adapters: dict[int, Path], threads: int, folder: Path
+) -> Iterator[tuple[str, Engine, HotSwap, Registry]]:
+    """A server whose version 1 answers: its address, and what is behind it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    registry = Registry(SigningKey.load_or_create(folder / "approvals.pem"), dict(adapters))
+    source = {"wanted": registry.wanted, "fetch": registry.fetch, "acknowledge": registry.acknowledge}
+    with ENGINES[name](base, folder / name, threads) as engine:
+        swap = HotSwap(MODEL, engine, cache=folder / "cache", trusted=trusted(registry.signer), **source)
+        registry.promote(1)
+        with running([swap], answer_key=KEY) as url:
+            while not (swap.current and swap.current.version == 1):
+                time.sleep(0.01)
+            yield url, engine, swap, registry
 
 
 def through_router(
     name: str, base: Base, adapters: dict[int, Path], size: Size, threads: int, folder: Path
 ) -> dict[str, Any]:
     """Throughput of one saturated server, asked by itself and through a router before it, in turns."""
-    folder.mkdir(parents=True, exist_ok=True)
-    registry = Registry(SigningKey.load_or_create(folder / "approvals.pem"), dict(adapters))
-    source = {"wanted": registry.wanted, "fetch": registry.fetch, "acknowledge": registry.acknowledge}
     with ExitStack() as open_parts:
-        engine = open_parts.enter_context(ENGINES[name](base, folder / name, threads))
-        swap = HotSwap(MODEL, engine, cache=folder / "cache", trusted=trusted(registry.signer), **source)
-        registry.promote(1)
-        url = open_parts.enter_context(running([swap], answer_key=KEY))
-        while not (swap.current and swap.current.version == 1):
-            time.sleep(0.01)
+        url, *_ = open_parts.enter_context(served(name, base, adapters, threads, folder))
         port = free_port()
         command = [sys.executable, "-m", "tests.serving.fleet", "route", str(folder), str(port), url]
         router = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "POLL_S": str(POLL_S)})
@@ -359,17 +404,28 @@ def expected(engine: Engine, adapters: dict[int, Path], size: Size) -> dict[tupl
     return said
 
 
-def sampled(rows: list[dict[str, Any]], windows: list[Window], said: dict[tuple[str, int], str]) -> dict[str, Any]:
-    """What is kept of answers: lists, to which another part of the run may be added."""
+def sampled(
+    rows: list[dict[str, Any]], windows: list[Window], said: dict[tuple[str, int], str], flipped_s: list[float]
+) -> dict[str, Any]:
+    """What is kept of answers: lists, to which another part of the run may be added.
+
+    Args:
+        rows: the driver's.
+        windows: when they were asked.
+        said: what each version says to each question.
+        flipped_s: when each version began to take new requests.
+    """
     good = [row for row in rows if row["status"] == OK]
     clicks = [window.click_s for window in windows if window.click_s is not None]
-    first = {row["version"]: row["first_s"] for row in sorted(good, key=lambda row: -row["first_s"])}
+    first = {row["version"]: row for row in sorted(good, key=lambda row: -row["first_s"])}
+    answers = [first[f"{MODEL}@{number}"] for number in range(2, len(clicks) + 2)]
     return {
         "requests": [len(rows)],
         "failed": [len(rows) - len(good)],
         "mixed": [sum(said.get((row["version"], row["body"])) != row["said"] for row in good)],
         "took": pairs_of(good, windows),
-        "click_to_answer_s": [first[f"{MODEL}@{number}"] - click for number, click in enumerate(clicks, start=2)],
+        "click_to_answer_s": [row["first_s"] - click for row, click in zip(answers, clicks, strict=True)],
+        "nobody_asked_s": [max(0.0, row["due_s"] - at) for row, at in zip(answers, flipped_s, strict=True)],
     }
 
 
@@ -386,18 +442,17 @@ def judged(samples: dict[str, list[Any]]) -> dict[str, float | int]:
     """Figures of the samples."""
     took, clicks, loads = samples["took"], samples["click_to_answer_s"], samples["load_s"]
     quiet, swapping = ([s for pair in took for s in pair[kind]] for kind in (0, 1))
-    chance = random.Random(1)  # noqa: S311 - nobody is kept from guessing
-    drawn = [p99_ratio(chance.choices(took, k=len(took))) for _ in range(300)]
     return {name: sum(samples[name]) for name in ("requests", "failed", "mixed")} | {
         "swaps": len(clicks),
         "p99_ratio": p99_ratio(took),
-        "p99_ratio_se": statistics.stdev(drawn),
+        "p99_ratio_se": p99_ratio_se(took),
         "p50_quiet_s": percentile(quiet, 50),
         "p50_swapping_s": percentile(swapping, 50),
         "p99_quiet_s": percentile(quiet, 99),
         "p99_swapping_s": percentile(swapping, 99),
         "click_to_answer_s": statistics.median(clicks),
         "click_to_answer_s_max": max(clicks),
+        "nobody_asked_s": statistics.median(samples["nobody_asked_s"]),
         "load_s": statistics.median(loads),
         "load_s_max": max(loads),
         "saturation_per_s": statistics.mean(samples["saturation_per_s"]),
@@ -408,6 +463,12 @@ def judged(samples: dict[str, list[Any]]) -> dict[str, float | int]:
 def p99_ratio(took: list[tuple[list[float], list[float]]]) -> float:
     quiet, swapping = ([s for pair in took for s in pair[kind]] for kind in (0, 1))
     return percentile(swapping, 99) / percentile(quiet, 99)
+
+
+def p99_ratio_se(took: list[tuple[list[float], list[float]]]) -> float:
+    """Its standard error, by drawing pairs of windows anew (Efron 1979)."""
+    chance = random.Random(1)  # noqa: S311 - nobody is kept from guessing
+    return statistics.stdev(p99_ratio(chance.choices(took, k=len(took))) for _ in range(300))
 
 
 def percentile(values: list[float], share: int) -> float:
@@ -447,6 +508,8 @@ def measure(engine: str, name: str, base: Base, options: argparse.Namespace, fol
         SAMPLES.parent.mkdir(exist_ok=True)
         SAMPLES.write_text(json.dumps(known | {f"{engine} {name}": samples}))
         figures |= judged(samples)
+    if "round" in parts and engine == "inprocess":
+        figures |= beside_round(engine, base, adapters, size, options.threads, folder / name / "round")
     if "router" in parts and engine == "vllm":
         figures |= through_router(engine, base, adapters, size, options.threads, folder / name / "router")
     return figures
