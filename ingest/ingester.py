@@ -225,6 +225,7 @@ class Ingester:
             SuiteError, ValidationStopped: the expectation suite cannot be used.
             RepositoryError: a block could not be committed.
         """
+        metrics.DEFAULT.begin(self.stream)
         large_bytes = ensure_topic(self.settings, topic_of(self.topic)).message_bytes_max - OVERHEAD_BYTES_MAX
         info = ensure_topic(self.settings, self.topic)
         group = f"tidegate-{self.stream}-{self.repo.identity}"

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 _SEAL_BUCKETS: Final = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
+ALARMS: Final = (
+    *("broker", "gap", "incarnation", "start_over", "lag_monitor"),
+    *("push", "expectation", "drift", "report"),
+)
+"""Every kind of alarm."""
+
+
 @dataclass(frozen=True)
 class IngestMetrics:
     """Counters by stream; reasons by their code, never by content."""
@@ -55,6 +62,13 @@ class IngestMetrics:
                 registry=registry,
             ),
         )
+
+    def begin(self, stream: str) -> None:
+        """From nought: what Prometheus sees for the first time at 1 has not grown, so that no rule would fire."""
+        self.blocks.labels(stream)
+        self.messages.labels(stream)
+        for kind in ALARMS:
+            self.alarms.labels(stream, kind)
 
     def count(self, stream: str, manifest: Manifest, outcome: Outcome, value_bytes: int, seconds: float) -> None:
         """A committed block."""

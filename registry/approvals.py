@@ -107,7 +107,7 @@ class Standing:
     """What the decisions on one model add up to.
 
     Attributes:
-        live: the decision by which a version answers now; None when the bare base does.
+        live: the decision by which a version is in Production; None when none is.
         stack: decisions behind the versions a rollback passes through, newest last; the live one on top if
             there is one.
         approved: every version that was ever live, with its newest decision.

@@ -207,7 +207,7 @@ class Promotions:
             raise
 
     def withdraw(self, model: str, version: int, *, to_stage: str, who: str, why: str) -> Approval:
-        """Take the live version out of Production, none in its place: the bare base answers."""
+        """Take the live version out of Production, none in its place; servers stay on it, with an alarm."""
         with self.approvals.deciding():
             seen = self._settle(model)
             chosen = pick(seen.versions, model, version)

@@ -145,7 +145,7 @@ def supersede(versions: Sequence[ModelVersion], newest: int) -> tuple[Change, ..
 
 
 def stale(versions: Sequence[ModelVersion], live_sha256: str) -> tuple[Change, ...]:
-    """Candidates whose parent is not the live adapter (empty: the bare base answers)."""
+    """Candidates whose parent is not the live adapter (empty: none is live)."""
     return tuple(Change(v.version, State.STALE) for v in waiting(versions) if v.parent_sha256 != live_sha256)
 
 

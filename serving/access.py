@@ -28,7 +28,7 @@ from privacy.signing import write_whole
 from serving.errors import AccessRefused, KeysUnreadable, ServingError, Unauthorised
 from serving.limits import Limits
 
-Scope = Literal["answer", "read", "candidate", "operate"]
+Scope = Literal["answer", "read", "candidate"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 KEYS_FILE = "api_keys.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._@-]{0,79}\Z")
@@ -184,7 +184,7 @@ class Access:
         assert self._file is not None  # noqa: S101 - asked only where keys are
         try:
             stat = self._file.stat()
-            seen: tuple[int, ...] = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
+            seen: tuple[int, ...] = (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_size)
         except FileNotFoundError:
             seen = ()
         except OSError as error:

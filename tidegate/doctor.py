@@ -137,6 +137,9 @@ def _versions(_service: Service) -> Iterator[Finding]:
 
 
 def _keys(service: Service) -> Iterator[Finding]:
+    from serving.access import read_keys
+    from serving.errors import KeysUnreadable
+
     folder = service.keys_dir
     loose = [
         file
@@ -153,6 +156,10 @@ def _keys(service: Service) -> Iterator[Finding]:
         if not any((folder / f"{name}{half}").exists() for half in (".pem", ".pub")):
             text = f"keys/{name}.pem: is missing, and so is its public half"
             yield Finding("keys", "bad", text, "restore it from the backup", "keys")
+    try:
+        read_keys(service.api_keys)
+    except KeysUnreadable as damaged:
+        yield Finding("keys", "bad", f"{damaged}: the API lets nobody in", "restore it from the backup", "keys")
     if not loose:
         yield Finding("keys", "ok", f"{folder}: nobody else may read it")
 
@@ -210,14 +217,13 @@ def _ports(service: Service) -> Iterator[Finding]:
 
 
 def _locks(service: Service) -> Iterator[Finding]:
-    """What a crash of git or DVC left, and rounds that hold their lock and say nothing."""
+    """What a crash of git left, and rounds that hold their lock and say nothing."""
     data = service.workspace.data
-    files = [*data.glob(".git/*.lock"), *data.glob(".git/refs/**/*.lock"), *data.glob(".dvc/tmp/*lock")]
+    files = [*data.glob(".git/*.lock"), *data.glob(".git/refs/**/*.lock")]
     old = [file for file in files if _age_s(file) > LOCK_SECONDS and not _is_flocked(file)]
     for file in old:
-        if file.suffix == ".lock" and ".git" in file.parts:
-            text = f"{file}: {_age_s(file) / 60:.0f} minutes old"
-            yield Finding("locks", "bad", text, "if no tidegate or git process runs, remove it", "lock")
+        text = f"{file}: {_age_s(file) / 60:.0f} minutes old"
+        yield Finding("locks", "bad", text, "if no tidegate or git process runs, remove it", "lock")
     silent = 0
     for stream, settings in service.settings.streams.items():
         beat = heartbeat.beat_file(service.workspace, stream)
@@ -226,7 +232,8 @@ def _locks(service: Service) -> Iterator[Finding]:
         if _age_s(beat) > settings.learner.stuck_seconds:
             silent += 1
             text = f"{stream}: its round has said nothing for {_age_s(beat) / 60:.0f} minutes"
-            yield Finding("locks", "bad", text, f"see run/part-learn.log, then `tidegate round {stream}`", "lock")
+            todo = "`tidegate learn` kills it and tries again; where that does not run, end its process"
+            yield Finding("locks", "bad", text, todo, "stuck")
     if not old and not silent:
         yield Finding("locks", "ok", "none is left over")
 

@@ -15,7 +15,7 @@ from tidegate.pruning import note
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from registry.approvals import Approvals
+    from registry.approvals import Standing
     from tidegate.wiring import Service
 
 
@@ -23,12 +23,18 @@ def roll_back(service: Service, stream: str, *, to: int | None, why: str, who: s
     """Make an earlier approved version Production again; returns a sentence on what happened.
 
     Raises:
-        UnknownName: there is no earlier version, or none of that number.
+        UnknownName: there is no earlier version, or the one of that number was never live.
         PromotionRefused: its adapter, receipt or verdict is no longer intact.
         RegistryUnavailable: MLflow does not answer and `emergency` was not asked for.
     """
     model = service.model(stream)
-    target = to if to is not None else _previous(service.approvals(), model)
+    standing = service.approvals().standing(model)
+    target = to if to is not None else _previous(standing, model)
+    if target not in standing.approved:
+        raise UnknownName(
+            f"version={target}: was never live for {model}, so there is no way back to it; see `tidegate history "
+            f"{stream}`. A candidate is approved by `tidegate approve {stream} {target} --why ...`"
+        )
     if emergency:
         return _without_registry(service, stream, target, why=why, who=who)
     approval = service.desk.promote(
@@ -37,9 +43,9 @@ def roll_back(service: Service, stream: str, *, to: int | None, why: str, who: s
     return f"version {target} of {model} is Production again; approval {approval['seq']} signed by {approval['key_id']}"
 
 
-def _previous(approvals: Approvals, model: str) -> int:
+def _previous(standing: Standing, model: str) -> int:
     """The version that was live before the one that is."""
-    previous = approvals.standing(model).previous
+    previous = standing.previous
     if previous is None:
         raise UnknownName(f"model={model}: no version was live before; name one by --to, see `tidegate versions`")
     return int(previous["version"])
@@ -51,9 +57,7 @@ def _without_registry(service: Service, stream: str, target: int, *, why: str, w
 
     model = service.model(stream)
     approvals = service.approvals(signing=True)
-    approved = approvals.standing(model).approved.get(target)
-    if approved is None:
-        raise UnknownName(f"version={target}: was never live for {model}; see `tidegate history {stream}`")
+    approved = approvals.standing(model).approved[target]
     sha = str(approved["adapter_sha256"])
     cached = service.workspace.serving / stream / "adapters" / sha
     if (gone := note(service.workspace.root, sha)) and not cached.is_dir():

@@ -57,4 +57,4 @@ def test_keys_are_asked_for_elsewhere_than_on_loopback_and_where_settings_say_so
             asking = open_service(str(workspace))
             access = access_of(asking)
             assert access.required
-            assert access.caller(asking.api_headers["Authorization"]).may("operate")
+            assert access.caller(asking.api_headers["Authorization"]).may("candidate")

@@ -53,6 +53,9 @@ def test_a_key_that_others_may_read(service):
     for half in ("pem", "pub"):
         (service.keys_dir / f"verdicts.{half}").unlink(missing_ok=True)
     assert "verdicts.pem: is missing" in of(service, "keys")[1].said
+    service.api_keys.write_text("{")
+    service.api_keys.chmod(0o600)
+    assert "the API lets nobody in" in of(service, "keys")[-1].said
 
 
 def test_a_chain_that_was_changed(service):

@@ -27,8 +27,8 @@ def apikeys() -> None:
     multiple=True,
     default=("answer",),
     show_default=True,
-    type=click.Choice(("answer", "read", "candidate", "operate")),
-    help="answer: ask. read: models, state, metrics, console. candidate: ask candidates. operate: operations.",
+    type=click.Choice(("answer", "read", "candidate")),
+    help="answer: ask. read: models, state, metrics, console. candidate: ask candidates.",
 )
 @click.option("--stream", "streams", multiple=True, help="Only these streams may be asked; default: all.")
 @click.option("--requests", default=0, type=click.IntRange(min=0), help="Requests a minute; 0: no limit.")
