@@ -116,6 +116,10 @@ class Engine(Protocol):
     def unload(self, name: str) -> None:
         """Forget an adapter; answers that use it still finish on it."""
 
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Names of the adapters it can answer with."""
+
     def probe(self, name: str | None) -> None:
         """Run a tiny prompt.
 

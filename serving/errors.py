@@ -7,6 +7,7 @@ ServingError
 │   ├── PromptTooLong       prompt and answer do not fit the context
 │   ├── AnswerTimeout       an answer took longer than it was given
 │   └── EngineDown          what computes is another process, and it does not answer
+│       └── AdapterLost     it answers, but lacks this adapter
 ├── SwapError               a wanted version cannot become live; the live one goes on
 │   ├── ApprovalRefused     its approval is missing, forged, for something else, or older than one already followed
 │   └── Ambiguous           the registry wants more than one version
@@ -64,6 +65,10 @@ class AnswerTimeout(EngineError):
 
 class EngineDown(EngineError):
     """The process that computes does not answer; another replica may."""
+
+
+class AdapterLost(EngineDown):
+    """The process that computes has forgotten one adapter, and cannot load it again; the others it has."""
 
 
 class SwapError(ServingError):

@@ -266,15 +266,20 @@ class HotSwap:
             self._alarms.settle([Alarm("cache", "", str(error))])
 
     def _restore_late(self, found: list[Alarm]) -> None:
-        """Try again what could not be taken up at the start, as when the engine was away."""
+        """Take up again what could not be at the start, as when the engine was away, or what the engine has lost."""
         if self._followed is None or time.monotonic() < self._restore_at:
             found += [alarm for alarm in self._alarms.standing if alarm.kind == "cache"]
             return
         self._restore_at = time.monotonic() + self._retry_seconds
+        self._residents = [served for served in self._residents if served != self._current]
         try:
             self._become(self._followed)
         except ServingError as error:
             found.append(Alarm("cache", "", str(error)))
+
+    def _has(self, served: Served) -> bool:
+        """Whether the engine has a version: one that was away may be unable to load it again."""
+        return served.adapter is None or served.adapter in self.engine.resident
 
     # One round of following
 
@@ -286,7 +291,7 @@ class HotSwap:
             self._follow(approval, found)
         if self.kill_switch.on:
             found.append(Alarm("killed", "", self.kill_switch.sentence()))
-        if self._current is None:
+        if self._current is None or not self._has(self._current):
             self._restore_late(found)
         self._tell(found)
         self._evict()

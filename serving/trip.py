@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from serving.engine import Answer, Engine, Finish, Piece, Sampling
-from serving.errors import EngineDown, EngineError, PromptTooLong, QueueFull
+from serving.errors import AdapterLost, EngineDown, EngineError, PromptTooLong, QueueFull
 from serving.swap import Served
 
 
@@ -55,7 +55,7 @@ class Trip:
     def fail(self, error: EngineError) -> None:
         """One of its answers cannot be finished."""
         self.failed = True
-        self.away |= isinstance(error, EngineDown)
+        self.away |= isinstance(error, EngineDown) and not isinstance(error, AdapterLost)
 
     @property
     def asked(self) -> bool:

@@ -37,7 +37,16 @@ from learner.errors import LearnerError
 from learner.layout import base_shapes, module_name, weight_name
 from learner.prompt import Renderer
 from serving.engine import Finish, FinishReason, Likelihood, Piece, Sampling, Token
-from serving.errors import AnswerTimeout, EngineDown, EngineError, PromptTooLong, QueueFull, UnknownAdapter, places
+from serving.errors import (
+    AdapterLost,
+    AnswerTimeout,
+    EngineDown,
+    EngineError,
+    PromptTooLong,
+    QueueFull,
+    UnknownAdapter,
+    places,
+)
 from serving.text import TextStream, token_bytes
 
 T = TypeVar("T")
@@ -218,8 +227,8 @@ class VllmEngine:
 
     @property
     def resident(self) -> tuple[str, ...]:
-        """Names of resident adapters."""
-        return tuple(self._residents)
+        """Names of resident adapters, but for those that vLLM has lost."""
+        return tuple(name for name, resident in self._residents.items() if not resident.lost)
 
     def probe(self, name: str | None) -> None:
         """Run a tiny prompt.
@@ -320,7 +329,7 @@ class VllmEngine:
         with self._lock:
             resident = self._resident(adapter)
             if resident.lost:
-                raise EngineDown(f"adapter={adapter}: vLLM has lost it and cannot load it again; see its log")
+                raise AdapterLost(f"adapter={adapter}: vLLM has lost it and cannot load it again; see its log")
             if self._asked >= self._batch_max + self._queue_max:
                 waits_s = math.ceil(self._queue_max / self._batch_max * self._answer_s)
                 raise QueueFull(

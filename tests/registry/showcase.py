@@ -5,12 +5,13 @@ basic authentication. Run by itself it makes pictures: `python -m tests.registry
 import itertools
 import json
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import requests
+from playwright.sync_api import TimeoutError as PageTimeout
 from playwright.sync_api import expect, sync_playwright
 
 from evaluation.private import PrivateScores
@@ -161,10 +162,15 @@ class Clicks:
         expect(self.page.get_by_role("dialog")).to_have_count(0)
 
     def ask(self, stage, why):
-        """The same up to the last click."""
-        self.stage.click()
-        self.page.get_by_role("menuitem").filter(has_text=stage).click()
-        self.page.get_by_label("Comment").fill(why)
+        """The same up to the last click. MLflow fetches the version anew after each move, and forgets a click meanwhile."""
+        comment = self.page.get_by_label("Comment").filter(visible=True)
+        for patience_ms in (5_000, 5_000, 30_000):
+            self.stage.click()
+            self.page.get_by_role("menuitem").filter(has_text=stage).click()
+            with suppress(PageTimeout):
+                comment.wait_for(timeout=patience_ms)
+                break
+        comment.fill(why)
 
     def close(self):
         """Leave."""

@@ -470,6 +470,22 @@ def test_a_registry_that_hangs_holds_up_no_emergency_and_is_caught_up_with(make,
     assert names(swap) == []
 
 
+def test_a_live_adapter_that_the_engine_lost_is_fetched_and_loaded_again(swap, registry, core, tmp_path):
+    registry.promote(1)
+    swap.tick()
+    core.unload("desk@1")
+    shutil.rmtree(tmp_path / "cache" / "adapters")
+    (tmp_path / "cache" / "adapters").mkdir()
+    shutil.move(registry.folders[1], tmp_path / "away")
+    swap.tick()
+    assert (swap.current.name, names(swap)) == ("desk@1", ["cache"])
+    shutil.move(tmp_path / "away", registry.folders[1])
+    swap.tick()
+    assert (core.resident, names(swap)) == (("desk@1",), [])
+    with swap.lease() as held:
+        assert core.generate(held.adapter, PROMPT, 2)
+
+
 def test_an_emergency_that_is_over_takes_no_newer_one_with_it(tmp_path):
     cache = LocalCache(tmp_path, MODEL)
     write_emergency(tmp_path, MODEL, {"seq": 8})

@@ -18,7 +18,7 @@ from learner.base import EMBEDDED, prepare_base
 from learner.plan import LoraSettings
 from privacy.signing import SigningKey
 from serving.engine import Finish, Sampling
-from serving.errors import AnswerTimeout, EngineDown, EngineError, QueueFull, UnknownAdapter
+from serving.errors import AdapterLost, AnswerTimeout, EngineDown, EngineError, QueueFull, UnknownAdapter
 from serving.inprocess import InProcessEngine
 from serving.server import running
 from serving.swap import HotSwap
@@ -324,7 +324,8 @@ def test_an_adapter_whose_files_are_gone_takes_no_other_with_it(engine, server, 
     server.start()
     wait_until(lambda: engine.healthy)
     assert asyncio.run(said(engine, "kept", "hi"))[2].completion_tokens
-    with pytest.raises(EngineDown, match="has lost it"):
+    assert "kept" in engine.resident and "gone" not in engine.resident
+    with pytest.raises(AdapterLost, match="has lost it"):
         asyncio.run(said(engine, "gone", "hi"))
     for name in ("gone", "kept"):
         engine.unload(name)
