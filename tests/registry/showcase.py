@@ -30,7 +30,8 @@ from tidegate.reports import datasets, reports
 MODEL = "support-desk"
 PEOPLE = {"ada": "approver", "tom": "trainer", "vera": "viewer"}
 PROMISE = "(8, 1e-05)-DP per record, for life, over every round that uses a block"
-_seeds = itertools.count(1)
+# Others than those of `World.candidate`: what was judged once is not registered again.
+_seeds = itertools.count(1001)
 
 
 @dataclass
@@ -162,7 +163,7 @@ class Clicks:
         expect(self.page.get_by_role("dialog")).to_have_count(0)
 
     def ask(self, stage, why):
-        """The same up to the last click. MLflow fetches the version anew after each move, and forgets a click meanwhile."""
+        """The same up to the last click. MLflow fetches a version anew after each move, and may forget a click then."""
         comment = self.page.get_by_label("Comment").filter(visible=True)
         for patience_ms in (5_000, 5_000, 30_000):
             self.stage.click()
