@@ -441,6 +441,8 @@ def pairs_of(rows: list[dict[str, Any]], windows: list[Window]) -> list[tuple[li
 def judged(samples: dict[str, list[Any]]) -> dict[str, float | int]:
     """Figures of the samples."""
     took, clicks, loads = samples["took"], samples["click_to_answer_s"], samples["load_s"]
+    idle = samples["nobody_asked_s"]
+    n = len(idle)
     quiet, swapping = ([s for pair in took for s in pair[kind]] for kind in (0, 1))
     return {name: sum(samples[name]) for name in ("requests", "failed", "mixed")} | {
         "swaps": len(clicks),
@@ -452,7 +454,10 @@ def judged(samples: dict[str, list[Any]]) -> dict[str, float | int]:
         "p99_swapping_s": percentile(swapping, 99),
         "click_to_answer_s": statistics.median(clicks),
         "click_to_answer_s_max": max(clicks),
-        "nobody_asked_s": statistics.median(samples["nobody_asked_s"]),
+        "nobody_asked_s": statistics.median(idle),
+        "click_over_load_s": statistics.median(
+            c - s - i for c, s, i in zip(clicks[-n:], loads[-n:], idle, strict=True)
+        ),
         "load_s": statistics.median(loads),
         "load_s_max": max(loads),
         "saturation_per_s": statistics.mean(samples["saturation_per_s"]),
