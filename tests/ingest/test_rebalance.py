@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value will soon:Deprec
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["ingest.ingester", "great_expectations", "dvc.repo", "tests.ingest.world"])
 # Joins, sessions and rebalances take seconds; a loaded machine takes several times as many.
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 180
 
 
 def _member(world: World, hold: Step | None, wire: Connection) -> None:
