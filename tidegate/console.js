@@ -5,30 +5,38 @@
 const connection = document.getElementById("connection");
 const said = document.getElementById("said");
 
-// Put a new part in place of the old one; what was open, focused or scrolled inside stays so.
+// Put new parts in place of the old ones, and read out what matters of all of them in one go.
+function take(parts) {
+  const news = Object.entries(parts).flatMap(([id, html]) => replace(id, html));
+  if (news.length) said.textContent = news.join("; ");
+}
+
+// Put a new part in place of the old one; what was open, focused or scrolled inside stays so. Gives what is read out.
 function replace(id, html) {
   const old = document.getElementById(id);
-  if (!old) return;
+  if (!old) return [];
   const holder = document.createElement("template");
   holder.innerHTML = html;
   const fresh = holder.content.firstElementChild;
-  if (!fresh) return;
+  if (!fresh) return [];
   const wasOpen = new Set([...old.querySelectorAll("details[open]")].map((one) => one.parentElement.id));
   for (const one of fresh.querySelectorAll("details")) one.open = wasOpen.has(one.parentElement.id);
   const focusable = "a, button, summary, [tabindex]";
   const focused = [...old.querySelectorAll(focusable)].indexOf(document.activeElement);
   const scrolled = [...old.querySelectorAll(".scroll")].map((one) => one.scrollLeft);
-  announce(old, fresh);
   old.replaceWith(fresh);
   fresh.querySelectorAll(".scroll").forEach((one, at) => { one.scrollLeft = scrolled[at] || 0; });
   if (focused >= 0) fresh.querySelectorAll(focusable)[focused]?.focus({ preventScroll: true });
+  return newsOf(old, fresh);
 }
 
 // Only what matters is read out: another version answers, or the number of alarms has changed.
-function announce(old, fresh) {
+function newsOf(old, fresh) {
   const { live, count } = fresh.dataset;
-  if (live && live !== old.dataset.live) said.textContent = `${live} answers now`;
-  if (count && count !== old.dataset.count) said.textContent = `${count} alarms stand`;
+  const news = [];
+  if (live && live !== old.dataset.live) news.push(`${live} answers now`);
+  if (count && count !== old.dataset.count) news.push(`${count} alarms stand`);
+  return news;
 }
 
 function follow() {
@@ -40,9 +48,7 @@ function follow() {
       ? "the server refuses: reload the page, or log in again"
       : "the server does not answer; trying again";
   });
-  events.addEventListener("parts", (event) => {
-    for (const [id, html] of Object.entries(JSON.parse(event.data))) replace(id, html);
-  });
+  events.addEventListener("parts", (event) => { take(JSON.parse(event.data)); });
 }
 
 // The answer's place on the page: a text that grows, and a caption that says who answers.
