@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 # Seconds: a small block on a quiet machine, to a large one on a busy disk.
 _SEAL_BUCKETS: Final = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
-
 ALARMS: Final = (
     *("broker", "gap", "incarnation", "start_over", "lag_monitor"),
     *("push", "expectation", "drift", "report"),

@@ -156,11 +156,14 @@ def _keys(service: Service) -> Iterator[Finding]:
         if not any((folder / f"{name}{half}").exists() for half in (".pem", ".pub")):
             text = f"keys/{name}.pem: is missing, and so is its public half"
             yield Finding("keys", "bad", text, "restore it from the backup", "keys")
+    readable = service.api_keys not in loose
     try:
-        read_keys(service.api_keys)
+        if readable:
+            read_keys(service.api_keys)
     except KeysUnreadable as damaged:
+        readable = False
         yield Finding("keys", "bad", f"{damaged}: the API lets nobody in", "restore it from the backup", "keys")
-    if not loose:
+    if not loose and readable:
         yield Finding("keys", "ok", f"{folder}: nobody else may read it")
 
 
